@@ -1,0 +1,51 @@
+# hookd: `make help` lists the targets. Everything lives in .venv and .hookd; nothing is installed elsewhere.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo test bench lint lock clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.run ## start hookd with config.toml (embedded PostgreSQL, console on http://127.0.0.1:8440)
+	$(BIN)/hookd run --config config.toml
+
+demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becomes of them
+	$(BIN)/hookd demo
+
+test: $(VENV)/.dev ## the whole test suite
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+
+bench: $(VENV)/.dev ## the load scripts; prints ratios against a baseline of the same run
+	$(BIN)/python bench/throughput.py
+
+lint: $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: ## renew the lock files from pyproject.toml (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --extra embedded pyproject.toml build.in -o requirements.lock
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --extra embedded --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
+
+clean: ## remove .venv and caches (not .hookd, which holds data)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hookd needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python venv is missing; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# One set-up for both: pip with hashes is the floor, uv (fifteen times faster) where it is on PATH.
+$(VENV)/.run: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@sh .ci/install $(VENV) requirements.lock
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock pyproject.toml | $(VENV)/bin/python
+	@sh .ci/install $(VENV) requirements-dev.lock
+	@touch $@ $(VENV)/.run

@@ -1,0 +1,1 @@
+"""The PostgreSQL adapter: the only importer of asyncpg."""
