@@ -84,6 +84,8 @@ class Endpoint:
     host: str
     """Lower-case A-label and port, ``example.com:443``: the name of its lane."""
     shard: int
+    former_shards: tuple[int, ...] = ()
+    """Where rows inserted before it moved to another host may still be."""
     state: EndpointState = EndpointState.ACTIVE
     state_reason: str | None = None
     format: BodyFormat | None = None
@@ -95,6 +97,8 @@ class Endpoint:
     """Wall time of the first failure since the last success."""
     secrets: tuple[Secret, ...] = ()
     """Signing secrets in the ``whsec_`` form, newest first; several while one rotates."""
+    rotates_until: float | None = None
+    """Wall time when the next of ``secrets`` expires: the endpoint has to be read again then."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Headers that the subscriber asked for.  They may hold credentials, so they are not shown."""
 
@@ -234,7 +238,11 @@ class Result:
     outcome: Outcome | None
     """None for an ending without an exchange (expired, cancelled, endpoint disabled)."""
     verdict: Verdict
-    lane_host: str = ""
+    health_changed: bool = False
+    """The endpoint began to fail or recovered: ``failing_since`` is to be written."""
+    failing_since: float | None = None
+    written_wall: float = 0.0
+    """Wall time when the verdict was given."""
 
 
 @dataclass(frozen=True, slots=True)

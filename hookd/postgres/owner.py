@@ -1,0 +1,325 @@
+"""
+The owner's session: the connection that holds the shard locks, and the only one that settles.
+
+Rule 1: a verdict is settled on the very session that holds the lock of its shard.  A former owner that was stopped or
+cut off may finish what it was sending, but it can no longer delete or reschedule: its session, and so its statement,
+is gone.
+
+Rule 2: no exchange starts unless this session answered within the last ``TRUST_S``.  The server keeps the locks of a
+silent session for longer than that (``tcp_user_timeout`` and keepalives, see ``connect``), so that nobody else can
+own the shard meanwhile.
+
+Rule 3: settling is idempotent.  Rows are deleted or rescheduled only where they still have the attempt number that the
+verdict was given for, and attempts are logged for exactly the rows that were.  A COMMIT whose answer was lost is simply
+run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
+from hookd.postgres.connect import DatabaseUnavailable, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookd.clock import Clock
+
+SHARD_LOCK_CLASS = 1752133483
+"""First key of the shards' advisory locks: ``'hook'`` read as ASCII.  The second is the shard."""
+
+TRUST_S = 2.0
+"""How long an answer of this session vouches for its locks."""
+
+STATEMENT_TIMEOUT_S = 30.0
+
+LOCK_SHARDS = """
+select id
+  from hookd.shard
+ where id <> all($1::smallint[]) and pg_try_advisory_lock($2, id)
+"""
+
+SETTLE_FINAL = """
+delete from hookd.delivery d
+ using unnest($1::uuid[], $2::bigint[], $3::smallint[]) as v (event_id, id, attempt)
+ where d.event_id = v.event_id and d.id = v.id and d.attempt = v.attempt
+returning d.id
+"""
+
+SETTLE_RETRY = """
+update hookd.delivery d
+   set attempt = d.attempt + 1, due_at = clock_timestamp() + make_interval(secs => v.delay_s)
+  from unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::double precision[]) as v (event_id, id, attempt, delay_s)
+ where d.event_id = v.event_id and d.id = v.id and d.attempt = v.attempt
+returning d.id, d.due_at
+"""
+
+BURY = """
+insert into hookd.dead_letter
+       (delivery_id, event_id, endpoint, attempts, reason, tenant, type, payload, headers, created_at, expires_at)
+select v.id, e.id, v.endpoint, v.attempts, v.reason, e.tenant, e.type, e.payload, e.headers, e.created_at, e.expires_at
+  from unnest($1::bigint[], $2::uuid[], $3::integer[], $4::smallint[], $5::text[])
+       as v (id, event_id, endpoint, attempts, reason)
+  join hookd.event e on e.id = v.event_id
+on conflict do nothing
+"""
+
+# Facts of hookd's own are events of tenant hookd; those about them raise no further ones.
+REPORT_EXHAUSTED = """
+insert into hookd.event (type, payload, tenant)
+select 'hookd.delivery.exhausted',
+       json_build_object('event_id', e.id, 'event_type', e.type, 'tenant', e.tenant,
+                         'endpoint_id', p.id, 'attempts', v.attempts, 'reason', v.reason)::text,
+       'hookd'
+  from unnest($1::bigint[], $2::uuid[], $3::integer[], $4::smallint[], $5::text[])
+       as v (id, event_id, endpoint, attempts, reason)
+  join hookd.event e on e.id = v.event_id
+  join hookd.endpoint p on p.key = v.endpoint
+ where e.tenant <> 'hookd' and v.attempts > 0
+   and exists (select from hookd.endpoint o where o.tenant = 'hookd' and o.state in ('active', 'paused'))
+"""
+
+NOTE_HEALTH = """
+update hookd.endpoint e
+   set failing_since = to_timestamp(v.since)
+  from unnest($1::integer[], $2::double precision[]) as v (key, since)
+ where e.key = v.key
+"""
+
+DISABLE = """
+update hookd.endpoint e
+   set state = 'disabled', state_reason = v.reason
+  from unnest($1::integer[], $2::text[]) as v (key, reason)
+ where e.key = v.key and e.state in ('active', 'paused')
+returning e.key, e.id, e.tenant, e.url, e.state_reason
+"""
+
+REPORT_DISABLED = """
+insert into hookd.event (type, payload, tenant) values ('hookd.endpoint.disabled', $1, 'hookd')
+"""
+
+FORWARD = """
+update hookd.delivery d
+   set shard = e.shard, xid = pg_current_xact_id()
+  from hookd.endpoint e
+ where d.endpoint = any($1::integer[]) and e.key = d.endpoint and d.shard <> e.shard and d.shard = any($2::smallint[])
+"""
+
+ATTEMPT_COLUMNS = (
+    "at", "delivery_id", "event_id", "endpoint", "attempt", "status", "replay", "sent", "resent", "reused",
+    "verdict", "outcome", "reason", "retry_at", "total_ms", "dns_ms", "connect_ms", "first_byte_ms", "url",
+    "answer_headers", "answer_body", "answer_truncated",
+)  # fmt: skip
+
+
+class BadBatch(Exception):
+    """PostgreSQL refused a batch for what is in it, not for its own state: the recorder takes it apart."""
+
+
+@dataclass(slots=True)
+class Settled:
+    """What one settle wrote."""
+
+    ids: set[DeliveryId] = field(default_factory=set)
+    """Rows that were deleted or rescheduled; others had been settled before, or are another owner's."""
+    due_at: dict[DeliveryId, float] = field(default_factory=dict)
+    """Of the rescheduled ones: when they are due, by the database's clock."""
+    disabled: list[EndpointKey] = field(default_factory=list)
+    statements: int = 0
+
+
+class OwnerSession:
+    """The connection of an owner.  One statement or transaction at a time; a lock keeps the order."""
+
+    def __init__(self, connection: asyncpg.Connection, clock: Clock) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self.shards: set[int] = set()
+        self.answered_mono = clock.mono()
+        self.lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: self.lost.set())
+
+    @property
+    def backend(self) -> int:
+        """Process id of this session in PostgreSQL."""
+        return int(self._connection.get_server_pid())
+
+    def trusted(self, now_mono: float) -> bool:
+        """Whether the locks can still be taken for held (rule 2)."""
+        return now_mono - self.answered_mono < TRUST_S and not self.lost.is_set()
+
+    async def acquire(self) -> set[int]:
+        """
+        Take the locks of shards that nobody holds; returns the new ones.
+
+        Tried, not waited for: a lock request that waits would stall settling.
+        """
+        rows = await self._run(self._connection.fetch, LOCK_SHARDS, list(self.shards), SHARD_LOCK_CLASS)
+        gained = {row["id"] for row in rows}
+        self.shards |= gained
+        return gained
+
+    async def probe(self) -> None:
+        """Ask the server for a sign of life, if it gave none of late."""
+        if self._clock.mono() - self.answered_mono > TRUST_S / 4 and not self._turn.locked():
+            await self._run(self._connection.fetchval, "select 1", timeout=TRUST_S)
+
+    async def forward(self, endpoints: Iterable[EndpointKey]) -> None:
+        """Hand rows of shards of ours to the shard that their endpoint has moved to."""
+        await self._run(self._connection.execute, FORWARD, list(endpoints), list(self.shards))
+
+    async def settle(self, results: Sequence[Result]) -> Settled:
+        """
+        Write a batch of results in one transaction.
+
+        Raises:
+            DatabaseUnavailable: nothing is known to be written; settle the same batch again on the next session.
+            BadBatch: PostgreSQL refused the data.
+        """
+        return await self._run(self._settle, results, timeout=None)
+
+    async def close(self) -> None:
+        """Give up the locks by ending the session."""
+        try:
+            await self._connection.close(timeout=2)
+        except (asyncpg.PostgresError, OSError, TimeoutError, asyncpg.InterfaceError):
+            self._connection.terminate()
+
+    def terminate(self) -> None:
+        """End the session without asking it."""
+        self._connection.terminate()
+
+    async def _run(self, call: Any, *args: Any, timeout: float | None = STATEMENT_TIMEOUT_S) -> Any:  # noqa: ASYNC109
+        async with self._turn:
+            begun = self._clock.mono()
+            try:
+                if timeout is None:
+                    async with asyncio.timeout(STATEMENT_TIMEOUT_S):
+                        answer = await call(*args)
+                else:
+                    answer = await call(*args, timeout=timeout)
+            except Exception as error:
+                problem = unavailable(error)
+                if problem is not None:
+                    self.lost.set()
+                    self._connection.terminate()
+                    raise problem from error
+                raise
+            # vouched for from the moment of asking, not of the answer
+            self.answered_mono = begun
+            return answer
+
+    async def _settle(self, results: Sequence[Result]) -> Settled:
+        settled = Settled()
+        try:
+            async with self._connection.transaction():
+                await self._settle_rows(results, settled)
+                written = [r for r in results if r.delivery.id in settled.ids]
+                if written:
+                    await self._connection.copy_records_to_table(
+                        "attempt",
+                        schema_name="hookd",
+                        columns=ATTEMPT_COLUMNS,
+                        records=[attempt_record(r, settled.due_at.get(r.delivery.id)) for r in written],
+                    )
+                    settled.statements += 1
+                await self._settle_consequences(written, settled)
+        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, TypeError) as error:
+            raise BadBatch(str(error)) from error
+        settled.statements += 2
+        return settled
+
+    async def _settle_rows(self, results: Sequence[Result], settled: Settled) -> None:
+        final = [r.delivery for r in results if r.verdict.kind is not VerdictKind.RETRY]
+        if final:
+            rows = await self._connection.fetch(
+                SETTLE_FINAL, [d.event.id for d in final], [d.id for d in final], [d.attempt for d in final]
+            )
+            settled.ids.update(row[0] for row in rows)
+            settled.statements += 1
+        retried = [r for r in results if r.verdict.kind is VerdictKind.RETRY]
+        if retried:
+            rows = await self._connection.fetch(
+                SETTLE_RETRY,
+                [r.delivery.event.id for r in retried],
+                [r.delivery.id for r in retried],
+                [r.delivery.attempt for r in retried],
+                [r.verdict.delay_s for r in retried],
+            )
+            settled.due_at.update((row[0], row[1].timestamp()) for row in rows)
+            settled.ids.update(settled.due_at)
+            settled.statements += 1
+
+    async def _settle_consequences(self, written: Sequence[Result], settled: Settled) -> None:
+        dead = [r for r in written if r.verdict.kind is VerdictKind.EXHAUSTED]
+        if dead:
+            graves = (
+                [r.delivery.id for r in dead],
+                [r.delivery.event.id for r in dead],
+                [r.endpoint_key for r in dead],
+                [attempts_made(r) for r in dead],
+                [r.verdict.reason for r in dead],
+            )
+            await self._connection.execute(BURY, *graves)
+            await self._connection.execute(REPORT_EXHAUSTED, *graves)
+            settled.statements += 2
+        health = {r.endpoint_key: r.failing_since for r in written if r.health_changed}
+        if health:
+            await self._connection.execute(NOTE_HEALTH, list(health), list(health.values()))
+            settled.statements += 1
+        disable = {r.endpoint_key: r.verdict.disable for r in written if r.verdict.disable}
+        if disable:
+            rows = await self._connection.fetch(DISABLE, list(disable), list(disable.values()))
+            settled.disabled = [EndpointKey(row["key"]) for row in rows]
+            for row in rows:
+                if row["tenant"] != "hookd":
+                    await self._connection.execute(REPORT_DISABLED, _disabled_payload(row))
+            settled.statements += 1 + len(rows)
+
+
+def attempts_made(result: Result) -> int:
+    """How many exchanges were made for a delivery, this one included."""
+    return result.delivery.attempt + (result.outcome is not None)
+
+
+def attempt_record(result: Result, due_at: float | None) -> tuple[Any, ...]:
+    """The row of ``hookd.attempt`` for a result; an ending without an exchange is numbered 0."""
+    delivery, outcome, verdict = result.delivery, result.outcome, result.verdict
+    if outcome is None:
+        return (
+            _timestamp(result.written_wall), delivery.id, delivery.event.id, result.endpoint_key, 0, None,
+            delivery.replay, False, False, False, verdict.kind.value, None, verdict.reason or None, None,
+            None, None, None, None, None, None, None, False,
+        )  # fmt: skip
+    return (
+        _timestamp(outcome.started_at), delivery.id, delivery.event.id, result.endpoint_key, delivery.attempt + 1,
+        outcome.status or None, delivery.replay, outcome.sent, outcome.resent, outcome.reused,
+        verdict.kind.value, outcome.kind.value, verdict.reason or outcome.reason or None,
+        None if due_at is None else _timestamp(due_at),
+        outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.url or None,
+        "\n".join(f"{name}: {value}" for name, value in outcome.headers) or None,
+        outcome.body or None, outcome.body_truncated,
+    )  # fmt: skip
+
+
+def _disabled_payload(row: asyncpg.Record) -> str:
+    return json.dumps(
+        {
+            "endpoint_id": str(row["id"]),
+            "tenant": row["tenant"],
+            "url": row["url"],
+            "reason": row["state_reason"],
+        }
+    )
+
+
+def _timestamp(wall: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(wall, datetime.UTC)

@@ -1,0 +1,397 @@
+"""
+The reads of the feed: arrivals by snapshot difference, refills by key, recovery, endpoints and events.
+
+All of them run on one connection, one at a time, so that their snapshots only go forwards.  Plans are pinned on that
+session: statistics of a queue are always wrong (it is empty, then it is not), and a planner that switches index in
+the middle of a backlog is the cliff that other queues fall off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hookd.core.model import BodyFormat, DeliveryId, Endpoint, EndpointKey, EndpointState, Event, Secret
+from hookd.postgres.connect import unavailable
+
+if TYPE_CHECKING:
+    import datetime
+    from collections.abc import Callable, Iterable, Sequence
+    from uuid import UUID
+
+    import asyncpg
+
+READ_TIMEOUT_S = 30.0
+
+PIN_PLANS = """
+set plan_cache_mode = force_generic_plan;
+set enable_seqscan = off;
+set enable_hashjoin = off;
+set enable_mergejoin = off;
+set enable_bitmapscan = off;
+set jit = off
+"""
+
+LISTEN = "listen hookd"
+
+# Rows whose transaction the last snapshot did not see and this one does: exact, whatever the order of commits.
+# The first row carries the snapshot that the others were read with.
+ARRIVALS = """
+select pg_current_snapshot()::text as snapshot, clock_timestamp() as now, null::bigint as id, null::uuid as event_id,
+       null::integer as endpoint, null::smallint as shard, null::smallint as attempt, null::timestamptz as due_at,
+       null::text as order_key, null::boolean as replay, null::boolean as blocked
+union all
+(select null, null, d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay,
+        d.order_key is not null and exists (
+          select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id)
+   from hookd.delivery d
+  where d.xid >= $1::text::xid8 and d.shard = any($3::smallint[])
+  limit $4)
+union all
+(select null, null, d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay,
+        d.order_key is not null and exists (
+          select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id)
+   from hookd.delivery d
+  where d.xid = any($2::text[]::xid8[]) and d.shard = any($3::smallint[])
+  limit $4)
+"""
+
+# An arrival larger than the window, as one row for each endpoint: where its new rows start.
+ARRIVAL_PLACES = """
+select pg_current_snapshot()::text as snapshot, clock_timestamp() as now,
+       null::integer as endpoint, null::bigint as first_id, null::timestamptz as first_due
+union all
+select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.due_at)
+  from hookd.delivery d
+ where (d.xid >= $1::text::xid8 or d.xid = any($2::text[]::xid8[])) and d.shard = any($3::smallint[])
+ group by d.endpoint
+"""
+
+REFILL_FRESH = """
+select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.blocked
+  from unnest($1::integer[], $2::bigint[], $3::integer[]) as q (endpoint, place, want)
+ cross join lateral (
+   select f.*, f.order_key is not null and exists (
+            select from hookd.delivery o where o.endpoint = f.endpoint and o.order_key = f.order_key and o.id < f.id
+          ) as blocked
+     from hookd.delivery f
+    where f.endpoint = q.endpoint and f.due_at is null and f.id > q.place
+    order by f.id
+    limit q.want) d
+"""
+
+# An endpoint's rows that are due, and the first one that is not: when to look again.
+REFILL_DUE = """
+select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.later,
+       d.order_key is not null and exists (
+         select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id
+       ) as blocked
+  from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[]) as q (endpoint, due_at, id, want)
+ cross join lateral (
+   (select f.*, false as later
+      from hookd.delivery f
+     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at <= now() and (f.due_at, f.id) > (q.due_at, q.id)
+     order by f.due_at, f.id
+     limit q.want)
+   union all
+   (select f.*, true
+      from hookd.delivery f
+     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at > now() and (f.due_at, f.id) > (q.due_at, q.id)
+     order by f.due_at, f.id
+     limit 1)) d
+"""
+
+# The oldest row of each order key: what may be sent once the head before it is settled.
+SUCCESSORS = """
+select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, false as blocked
+  from unnest($1::integer[], $2::text[]) as q (endpoint, order_key)
+ cross join lateral (
+   select f.* from hookd.delivery f
+    where f.endpoint = q.endpoint and f.order_key = q.order_key
+    order by f.id
+    limit 1) d
+"""
+
+# Loose index scans: one probe for each endpoint that has rows, not one for each row.
+RECOVER = """
+with recursive fresh (endpoint) as (
+  (select d.endpoint from hookd.delivery d where d.due_at is null order by d.endpoint, d.id limit 1)
+  union all
+  select (select d.endpoint from hookd.delivery d
+           where d.due_at is null and d.endpoint > f.endpoint order by d.endpoint, d.id limit 1)
+    from fresh f where f.endpoint is not null
+),
+due (endpoint, due_at) as (
+  (select d.endpoint, d.due_at from hookd.delivery d
+    where d.due_at is not null order by d.endpoint, d.due_at, d.id limit 1)
+  union all
+  select n.endpoint, n.due_at
+    from due f
+   cross join lateral (
+     select d.endpoint, d.due_at from hookd.delivery d
+      where d.due_at is not null and d.endpoint > f.endpoint order by d.endpoint, d.due_at, d.id limit 1) n
+)
+select endpoint, true as fresh, null::timestamptz as due_at from fresh where endpoint is not null
+union all
+select endpoint, false, due_at from due
+"""
+
+# After a dump and restore stored transaction ids lie above the counter and would never arrive.
+RESET_FOREIGN_XIDS = """
+update hookd.delivery set xid = '0' where xid >= pg_snapshot_xmax(pg_current_snapshot())
+"""
+
+SNAPSHOT = "select pg_current_snapshot()::text as snapshot, clock_timestamp() as now"
+
+ENDPOINT_COLUMNS = """
+select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.state, e.state_reason, e.format, e.rate, e.concurrency,
+       e.ordered, e.failing_since, e.former_shards,
+       array(select s.value from hookd.endpoint_secret s
+              where s.endpoint = e.key and s.purpose = 'signing' and (s.expires_at is null or s.expires_at > now())
+              order by s.id desc) as secrets,
+       (select min(s.expires_at) from hookd.endpoint_secret s
+         where s.endpoint = e.key and s.purpose = 'signing' and s.expires_at > now()) as rotates_until,
+       (select s.value from hookd.endpoint_secret s
+         where s.endpoint = e.key and s.purpose = 'headers' order by s.id desc limit 1) as headers
+  from hookd.endpoint e
+"""
+
+ENDPOINTS_OF_SHARDS = ENDPOINT_COLUMNS + " where e.shard = any($1::smallint[])"
+
+ENDPOINTS_BY_KEY = ENDPOINT_COLUMNS + " where e.key = any($1::integer[])"
+
+ENDPOINT_CHANGES = (
+    ENDPOINT_COLUMNS
+    + """
+ where e.key in (
+   select c.key from hookd.endpoint c where c.xid >= $1::text::xid8
+   union all
+   select c.key from hookd.endpoint c where c.xid = any($2::text[]::xid8[]))
+"""
+)
+
+# Unnested, so that each id is looked for in its own day's partition only: pruning does not see through any().
+EVENTS = """
+select e.id, e.type, e.tenant, e.payload, e.created_at, e.expires_at, e.headers
+  from unnest($1::uuid[]) as k (id)
+  join hookd.event e on e.id = k.id
+"""
+
+# A replay may outlive its event's partition: the dead letter carries a copy.
+BURIED_EVENTS = """
+select distinct on (d.event_id)
+       d.event_id as id, d.type, d.tenant, d.payload, d.created_at, d.expires_at, d.headers
+  from hookd.dead_letter d
+ where d.event_id = any($1::uuid[])
+ order by d.event_id
+"""
+
+FLAG_SLEEP = (
+    "select setval(sleeper, case when $2 then 2 else 1 end) from hookd.shard where id = any($1::smallint[])"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a statement saw: transactions below ``xmax`` but not in ``xip``."""
+
+    xmin: int
+    xmax: int
+    xip: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        """Read PostgreSQL's ``xmin:xmax:xip,xip``."""
+        xmin, xmax, xip = text.split(":")
+        return cls(int(xmin), int(xmax), tuple(xip.split(",")) if xip else ())
+
+
+class Row(NamedTuple):
+    """A delivery as the queue has it."""
+
+    id: DeliveryId
+    event_id: UUID
+    endpoint: EndpointKey
+    shard: int
+    attempt: int
+    due_at: datetime.datetime | None
+    order_key: str | None
+    replay: bool
+    blocked: bool
+    """An older row of its order key is pending."""
+    later: bool = False
+    """It is not due yet."""
+
+
+class Place(NamedTuple):
+    """Where an endpoint's new rows start, in an arrival that is too large to be read whole."""
+
+    endpoint: EndpointKey
+    first_id: int | None
+    first_due: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What became visible between two snapshots."""
+
+    snapshot: Snapshot
+    db_now: float
+    rows: list[Row]
+    places: list[Place]
+    """In place of rows, when there were more of them than the window holds."""
+
+
+class Queue:
+    """The feed's connection."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self.lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: self.lost.set())
+        self.statements = 0
+
+    async def prepare(self, notified: Callable[[], None]) -> None:
+        """Pin the plans and listen; ``notified`` is called for each notification."""
+        await self._run(self._connection.execute, PIN_PLANS)
+        await self._connection.add_listener("hookd", lambda *_: notified())
+
+    async def snapshot(self) -> tuple[Snapshot, float]:
+        """The present snapshot, and the database's clock."""
+        row = await self._run(self._connection.fetchrow, SNAPSHOT)
+        return Snapshot.parse(row["snapshot"]), row["now"].timestamp()
+
+    async def arrivals(self, since: Snapshot, shards: Iterable[int], window: int) -> Arrivals:
+        """Rows of the shards that ``since`` did not see; at most ``window``, else their places."""
+        bounds = str(since.xmax), list(since.xip), list(shards)
+        head, *rows = await self._run(self._connection.fetch, ARRIVALS, *bounds, window + 1)
+        if len(rows) <= window:
+            return Arrivals(Snapshot.parse(head[0]), head[1].timestamp(), [_row(r) for r in rows], [])
+        head, *places = await self._run(self._connection.fetch, ARRIVAL_PLACES, *bounds)
+        return Arrivals(
+            Snapshot.parse(head[0]),
+            head[1].timestamp(),
+            [],
+            [Place(EndpointKey(p["endpoint"]), p["first_id"], _epoch(p["first_due"])) for p in places],
+        )
+
+    async def refill_fresh(self, demands: Sequence[tuple[EndpointKey, int, int]]) -> list[Row]:
+        """Each endpoint's next fresh rows: ``(endpoint, after this id, how many)``."""
+        columns = [list(c) for c in zip(*demands, strict=True)]
+        return [_row(r) for r in await self._run(self._connection.fetch, REFILL_FRESH, *columns)]
+
+    async def refill_due(
+        self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int]]
+    ) -> list[Row]:
+        """Each endpoint's next due rows, ``(endpoint, after this time and id, how many)``, and one that is not yet."""
+        columns = [list(c) for c in zip(*demands, strict=True)]
+        return [
+            _row(r, later=r["later"]) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)
+        ]
+
+    async def successors(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
+        """The oldest pending row of each ``(endpoint, order key)``."""
+        columns = [list(c) for c in zip(*keys, strict=True)]
+        return [_row(r) for r in await self._run(self._connection.fetch, SUCCESSORS, *columns)]
+
+    async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]:
+        """The endpoints that have fresh rows, and those that have rows with a time, with the first of these."""
+        await self._run(self._connection.execute, RESET_FOREIGN_XIDS)
+        rows = await self._run(self._connection.fetch, RECOVER)
+        fresh = [EndpointKey(r["endpoint"]) for r in rows if r["fresh"]]
+        due = [(EndpointKey(r["endpoint"]), r["due_at"].timestamp()) for r in rows if not r["fresh"]]
+        return fresh, due
+
+    async def endpoints_of(self, shards: Iterable[int]) -> list[Endpoint]:
+        """All endpoints of the shards."""
+        return self._endpoints(await self._run(self._connection.fetch, ENDPOINTS_OF_SHARDS, list(shards)))
+
+    async def endpoints(self, keys: Iterable[EndpointKey]) -> list[Endpoint]:
+        """The endpoints of these keys, as far as they exist."""
+        return self._endpoints(await self._run(self._connection.fetch, ENDPOINTS_BY_KEY, list(keys)))
+
+    async def endpoint_changes(self, since: Snapshot) -> list[Endpoint]:
+        """Endpoints that were changed by transactions that ``since`` did not see."""
+        rows = await self._run(self._connection.fetch, ENDPOINT_CHANGES, str(since.xmax), list(since.xip))
+        return self._endpoints(rows)
+
+    async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
+        """The events of these ids; those whose day was dropped are missing, unless a dead letter has a copy."""
+        found = {r["id"]: _event(r) for r in await self._run(self._connection.fetch, EVENTS, ids)}
+        missing = [i for i in ids if i not in found]
+        if missing:
+            found |= {
+                r["id"]: _event(r) for r in await self._run(self._connection.fetch, BURIED_EVENTS, missing)
+            }
+        return found
+
+    async def flag_sleep(self, shards: Iterable[int], *, asleep: bool) -> None:
+        """Tell producers whether a NOTIFY is wanted."""
+        await self._run(self._connection.execute, FLAG_SLEEP, list(shards), asleep)
+
+    async def close(self) -> None:
+        """End the session."""
+        self._connection.terminate()
+
+    async def _run(self, call: Any, *args: Any) -> Any:
+        self.statements += 1
+        try:
+            return await call(*args, timeout=READ_TIMEOUT_S)
+        except Exception as error:
+            problem = unavailable(error)
+            if problem is not None:
+                self.lost.set()
+                self._connection.terminate()
+                raise problem from error
+            raise
+
+    @staticmethod
+    def _endpoints(rows: Sequence[asyncpg.Record]) -> list[Endpoint]:
+        return [
+            Endpoint(
+                key=EndpointKey(r["key"]),
+                id=r["id"],
+                tenant=r["tenant"],
+                url=r["url"],
+                host=r["host"],
+                shard=r["shard"],
+                former_shards=tuple(r["former_shards"]),
+                state=EndpointState(r["state"]),
+                state_reason=r["state_reason"],
+                format=BodyFormat(r["format"]) if r["format"] else None,
+                rate=r["rate"],
+                concurrency=r["concurrency"],
+                ordered=r["ordered"],
+                failing_since=_epoch(r["failing_since"]),
+                secrets=tuple(Secret(s) for s in r["secrets"]),
+                rotates_until=_epoch(r["rotates_until"]),
+                headers=json.loads(r["headers"]) if r["headers"] else {},
+            )
+            for r in rows
+        ]
+
+
+def _row(r: asyncpg.Record, *, later: bool = False) -> Row:
+    return Row(
+        r["id"], r["event_id"], r["endpoint"], r["shard"], r["attempt"], r["due_at"], r["order_key"], r["replay"],
+        r["blocked"], later,
+    )  # fmt: skip
+
+
+def _event(r: asyncpg.Record) -> Event:
+    headers = r["headers"]
+    return Event(
+        id=r["id"],
+        type=r["type"],
+        tenant=r["tenant"],
+        payload=r["payload"].encode(),
+        created_at=r["created_at"].timestamp(),
+        expires_at=_epoch(r["expires_at"]),
+        headers=json.loads(headers) if headers else None,
+    )
+
+
+def _epoch(at: datetime.datetime | None) -> float | None:
+    return None if at is None else at.timestamp()
