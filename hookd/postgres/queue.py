@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from hookd.core.model import BodyFormat, DeliveryId, Endpoint, EndpointKey, EndpointState, Event, Secret
+from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Secret
+from hookd.core.reads import Arrivals, Place, Row, Snapshot
 from hookd.postgres.connect import unavailable
 
 if TYPE_CHECKING:
@@ -82,23 +82,26 @@ select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, 
     limit q.want) d
 """
 
-# An endpoint's rows that are due, and the first one that is not: when to look again.
+# An endpoint's rows that are due, and the first one that is not: when to look again. An ended endpoint's are all due.
 REFILL_DUE = """
 select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.later,
        d.order_key is not null and exists (
          select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id
        ) as blocked
-  from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[]) as q (endpoint, due_at, id, want)
+  from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[], $5::boolean[])
+       as q (endpoint, due_at, id, want, ended)
  cross join lateral (
    (select f.*, false as later
       from hookd.delivery f
-     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at <= now() and (f.due_at, f.id) > (q.due_at, q.id)
+     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at <= case when q.ended then 'infinity' else now() end
+      and (f.due_at, f.id) > (q.due_at, q.id)
      order by f.due_at, f.id
      limit q.want)
    union all
    (select f.*, true
       from hookd.delivery f
-     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at > now() and (f.due_at, f.id) > (q.due_at, q.id)
+     where f.endpoint = q.endpoint and f.due_at is not null and f.due_at > case when q.ended then 'infinity' else now() end
+      and (f.due_at, f.id) > (q.due_at, q.id)
      order by f.due_at, f.id
      limit 1)) d
 """
@@ -193,57 +196,6 @@ FLAG_SLEEP = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a statement saw: transactions below ``xmax`` but not in ``xip``."""
-
-    xmin: int
-    xmax: int
-    xip: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Snapshot:
-        """Read PostgreSQL's ``xmin:xmax:xip,xip``."""
-        xmin, xmax, xip = text.split(":")
-        return cls(int(xmin), int(xmax), tuple(xip.split(",")) if xip else ())
-
-
-class Row(NamedTuple):
-    """A delivery as the queue has it."""
-
-    id: DeliveryId
-    event_id: UUID
-    endpoint: EndpointKey
-    shard: int
-    attempt: int
-    due_at: datetime.datetime | None
-    order_key: str | None
-    replay: bool
-    blocked: bool
-    """An older row of its order key is pending."""
-    later: bool = False
-    """It is not due yet."""
-
-
-class Place(NamedTuple):
-    """Where an endpoint's new rows start, in an arrival that is too large to be read whole."""
-
-    endpoint: EndpointKey
-    first_id: int | None
-    first_due: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrivals:
-    """What became visible between two snapshots."""
-
-    snapshot: Snapshot
-    db_now: float
-    rows: list[Row]
-    places: list[Place]
-    """In place of rows, when there were more of them than the window holds."""
-
-
 class Queue:
     """The feed's connection."""
 
@@ -253,10 +205,10 @@ class Queue:
         connection.add_termination_listener(lambda _: self.lost.set())
         self.statements = 0
 
-    async def prepare(self, notified: Callable[[], None]) -> None:
-        """Pin the plans and listen; ``notified`` is called for each notification."""
+    async def prepare(self, notified: Callable[[str], None]) -> None:
+        """Pin the plans and listen; ``notified`` is called with the payload of each notification."""
         await self._run(self._connection.execute, PIN_PLANS)
-        await self._connection.add_listener("hookd", lambda *_: notified())
+        await self._connection.add_listener("hookd", lambda _c, _p, _ch, payload: notified(payload))
 
     async def snapshot(self) -> tuple[Snapshot, float]:
         """The present snapshot, and the database's clock."""
@@ -283,9 +235,13 @@ class Queue:
         return [_row(r) for r in await self._run(self._connection.fetch, REFILL_FRESH, *columns)]
 
     async def refill_due(
-        self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int]]
+        self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
     ) -> list[Row]:
-        """Each endpoint's next due rows, ``(endpoint, after this time and id, how many)``, and one that is not yet."""
+        """
+        Each endpoint's next due rows, and one that is not yet.
+
+        A demand is ``(endpoint, after this time, and this id, how many, whatever their time)``.
+        """
         columns = [list(c) for c in zip(*demands, strict=True)]
         return [
             _row(r, later=r["later"]) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)

@@ -1,0 +1,63 @@
+"""What the feed reads from the queue, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import datetime
+    from uuid import UUID
+
+    from hookd.core.model import DeliveryId, EndpointKey
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a statement saw: transactions below ``xmax`` but not in ``xip``."""
+
+    xmin: int
+    xmax: int
+    xip: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        """Read PostgreSQL's ``xmin:xmax:xip,xip``."""
+        xmin, xmax, xip = text.split(":")
+        return cls(int(xmin), int(xmax), tuple(xip.split(",")) if xip else ())
+
+
+class Row(NamedTuple):
+    """A delivery as the queue has it."""
+
+    id: DeliveryId
+    event_id: UUID
+    endpoint: EndpointKey
+    shard: int
+    attempt: int
+    due_at: datetime.datetime | None
+    order_key: str | None
+    replay: bool
+    blocked: bool
+    """An older row of its order key is pending."""
+    later: bool = False
+    """It is not due yet."""
+
+
+class Place(NamedTuple):
+    """Where an endpoint's new rows start, in an arrival that is too large to be read whole."""
+
+    endpoint: EndpointKey
+    first_id: int | None
+    first_due: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What became visible between two snapshots."""
+
+    snapshot: Snapshot
+    db_now: float
+    rows: list[Row]
+    places: list[Place]
+    """In place of rows, when there were more of them than the window holds."""

@@ -1,0 +1,341 @@
+"""
+The dispatcher: from the lanes to the network and on to the recorder.
+
+It is driven by what happens: a delivery is admitted, an exchange ends, a lane's time has come.  Each of these asks for
+a *turn*, and a turn starts what may start.  What came back is judged the moment it comes, before the next turn, so that
+a freed slot is used at once.
+
+A delivery that the dispatcher knows is in exactly one place: waiting in its lane, in flight, held (the fault was ours,
+it is tried again in a moment), or handed to the recorder.
+
+Nothing starts unless the owner session vouches for its locks, and the recorder can take what will come of it
+(``may_start``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+from hookd.core.histogram import Histogram
+from hookd.core.model import (
+    Delivery,
+    DeliveryId,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Outcome,
+    OutcomeKind,
+    Result,
+    RetryPolicy,
+    Verdict,
+    VerdictKind,
+)
+from hookd.core.verdict import ending, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hookd.clock import Clock, Dice
+    from hookd.core.lanes import Lanes
+    from hookd.core.request import Request
+    from hookd.recorder import Recorder
+
+ATTEMPT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
+"""OpenTelemetry's for http.client.request.duration, and the default time-out."""
+
+LAG_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 300, 3600)
+
+FENCE_RETRY_S = 0.05
+"""How soon to ask again when nothing may start."""
+
+
+class Exchange(Protocol):
+    """One signed POST (``net.exchange``)."""
+
+    async def send(self, request: Request) -> Outcome: ...
+
+
+class Preparer(Protocol):
+    """Makes requests for one endpoint (``core.composer``)."""
+
+    def compose(self, delivery: Delivery, timestamp: int) -> Request: ...
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the dispatcher did, for ``telemetry`` to read."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    attempt_s: Histogram = field(default_factory=lambda: Histogram(ATTEMPT_BOUNDS_S))
+    lag_s: Histogram = field(default_factory=lambda: Histogram(LAG_BOUNDS_S))
+
+
+class Dispatcher:
+    """Starts what may start, judges what comes back."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        exchange: Exchange,
+        recorder: Recorder,
+        compose: Callable[[Endpoint], Preparer],
+        policy: RetryPolicy,
+        clock: Clock,
+        dice: Dice,
+        *,
+        max_in_flight: int,
+        vouched: Callable[[], bool],
+        room: Callable[[], None],
+        report: Callable[[Result], None],
+    ) -> None:
+        """``vouched``: the locks are held; ``room``: the lanes gave something away; ``report``: an attempt ended."""
+        self._lanes = lanes
+        self._exchange = exchange
+        self._recorder = recorder
+        self._compose = compose
+        self.policy = policy
+        self._clock = clock
+        self._dice = dice
+        self.max_in_flight = max_in_flight
+        self.vouched = vouched
+        self.room = room
+        self._report = report
+        self._endpoints: dict[EndpointKey, Endpoint] = {}
+        self._preparers: dict[EndpointKey, Preparer] = {}
+        self._in_flight: dict[DeliveryId, tuple[Delivery, str, asyncio.Task[None]]] = {}
+        self._held: dict[DeliveryId, tuple[Delivery, asyncio.TimerHandle]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._turn_asked = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0
+        self._landed = asyncio.Event()
+        self.stopping = False
+        self.counts = Counts()
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher in_flight={len(self._in_flight)} waiting={self._lanes.total_waiting} held={len(self._held)}>"
+
+    # What the feed tells it.
+
+    def serve(self, endpoint: Endpoint) -> None:
+        """This is what an endpoint is now."""
+        self._endpoints[endpoint.key] = endpoint
+        self._preparers.pop(endpoint.key, None)
+        self._lanes.set_endpoint_limits(endpoint.key, endpoint.rate, endpoint.concurrency)
+        self.poke()
+
+    def served(self, key: EndpointKey) -> Endpoint | None:
+        """What an endpoint is, as far as known."""
+        return self._endpoints.get(key)
+
+    def endpoints(self) -> dict[EndpointKey, Endpoint]:
+        """All that are served."""
+        return self._endpoints
+
+    def admit(self, delivery: Delivery) -> None:
+        """Take a delivery into its lane, or to its end if there is nothing to send any more."""
+        endpoint = self._endpoints[delivery.endpoint]
+        verdict = ending(delivery, endpoint, self._clock.wall())
+        if verdict is not None:
+            self._end(delivery, verdict)
+            return
+        self._lanes.admit(endpoint.host, delivery)
+        self.poke()
+
+    def withdraw(self, key: EndpointKey) -> list[Delivery]:
+        """Give back all deliveries of an endpoint that are not in flight."""
+        held = [(d, timer) for d, timer in self._held.values() if d.endpoint == key]
+        for delivery, timer in held:
+            timer.cancel()
+            del self._held[delivery.id]
+        return [*self._lanes.withdraw(key), *(d for d, _ in held)]
+
+    def waiting(self, key: EndpointKey) -> int:
+        """Deliveries of an endpoint that wait in memory."""
+        return self._lanes.waiting(key)
+
+    def total_waiting(self) -> int:
+        """Deliveries that wait in memory."""
+        return self._lanes.total_waiting
+
+    def backed_up(self) -> bool:
+        """Whether the recorder has more than it can write."""
+        return self._recorder.backed_up()
+
+    def in_flight(self) -> list[Delivery]:
+        """Deliveries whose exchange is under way."""
+        return [delivery for delivery, _, _ in self._in_flight.values()]
+
+    def forget_all(self) -> None:
+        """The session is lost: let go of everything that is not in flight."""
+        for key in list(self._endpoints):
+            self.withdraw(key)
+        self._endpoints.clear()
+        self._preparers.clear()
+
+    # Turns.
+
+    def poke(self) -> None:
+        """Ask for a turn; many askers get one."""
+        if not self._turn_asked:
+            self._turn_asked = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_asked = False
+        if self.stopping or not self._lanes.total_waiting:
+            return
+        now = self._clock.mono()
+        if self._recorder.backed_up() or not self.vouched():
+            self._wake_at(now + FENCE_RETRY_S, now)
+            return
+        free = self.max_in_flight - len(self._in_flight)
+        if free > 0:
+            ready = self._lanes.ready(now, free)
+            for delivery in ready:
+                self._start(delivery)
+            if ready:
+                self.room()
+        wake_at = self._lanes.next_wake(now)
+        if wake_at is not None:
+            self._wake_at(wake_at, now)
+
+    def _wake_at(self, at_mono: float, now: float) -> None:
+        if self._alarm is not None:
+            if self._alarm_at <= at_mono and self._alarm_at > now:
+                return
+            self._alarm.cancel()
+        self._alarm_at = at_mono
+        self._alarm = self._loop.call_later(max(0.0, at_mono - now), self._alarmed)
+
+    def _alarmed(self) -> None:
+        self._alarm = None
+        self.poke()
+
+    # Attempts.
+
+    def _start(self, delivery: Delivery) -> None:
+        endpoint = self._endpoints[delivery.endpoint]
+        wall = self._clock.wall()
+        verdict = ending(delivery, endpoint, wall)
+        if verdict is not None:
+            self._lanes.finished(delivery, verdict, self._clock.mono())
+            self._end(delivery, verdict)
+            return
+        preparer = self._preparers.get(endpoint.key)
+        if preparer is None:
+            preparer = self._preparers[endpoint.key] = self._compose(endpoint)
+        try:
+            request = preparer.compose(delivery, int(wall))
+        except ValueError as problem:
+            outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
+            self._judge(delivery, outcome)
+            return
+        task = self._loop.create_task(self._attempt(delivery, request, wall))
+        self._in_flight[delivery.id] = (delivery, endpoint.host, task)
+
+    async def _attempt(self, delivery: Delivery, request: Request, wall: float) -> None:
+        try:
+            outcome = await self._exchange.send(request)
+        except asyncio.CancelledError:
+            self._in_flight.pop(delivery.id, None)
+            self._landed.set()
+            raise
+        del self._in_flight[delivery.id]
+        outcome.started_at = wall
+        self._judge(delivery, outcome)
+        if self._in_flight or not self.stopping:
+            self.poke()
+        self._landed.set()
+
+    def _judge(self, delivery: Delivery, outcome: Outcome) -> None:
+        now = self._clock.mono()
+        wall = self._clock.wall()
+        endpoint = self._endpoints.get(delivery.endpoint)
+        self.counts.outcomes[
+            outcome.kind.value if outcome.kind is not OutcomeKind.ANSWERED else _class(outcome)
+        ] += 1
+        self.counts.attempt_s.observe(outcome.total_ms / 1000)
+        if delivery.attempt == 0 and outcome.written_at:
+            self.counts.lag_s.observe(max(0.0, outcome.written_at - delivery.event.created_at))
+        if endpoint is None:
+            # the session was lost meanwhile, and its endpoints with it: judge without its history
+            endpoint = Endpoint(delivery.endpoint, delivery.event.id, "", outcome.url, "", delivery.shard)
+        verdict = judge(outcome, delivery, endpoint, self.policy, wall, self._dice.draw())
+        self._lanes.finished(delivery, verdict, now)
+        if verdict.kind is VerdictKind.HOLD:
+            self._hold(delivery, verdict.delay_s)
+            return
+        result = Result(delivery, delivery.endpoint, outcome, verdict, written_wall=wall)
+        self._note_health(result, endpoint, wall)
+        self._settle(result)
+
+    def _note_health(self, result: Result, endpoint: Endpoint, wall: float) -> None:
+        """Only changes are written: nothing is updated on the success path."""
+        failing_since = endpoint.failing_since
+        if result.verdict.endpoint_failed and failing_since is None:
+            failing_since = wall
+        elif result.verdict.kind is VerdictKind.DELIVERED and failing_since is not None:
+            failing_since = None
+        else:
+            return
+        result.health_changed = True
+        result.failing_since = failing_since
+        if endpoint.key in self._endpoints:
+            self._endpoints[endpoint.key] = replace(endpoint, failing_since=failing_since)
+
+    def _hold(self, delivery: Delivery, delay_s: float) -> None:
+        timer = self._loop.call_later(delay_s, self._release, delivery)
+        self._held[delivery.id] = (delivery, timer)
+
+    def _release(self, delivery: Delivery) -> None:
+        del self._held[delivery.id]
+        self.admit(delivery)
+
+    def _end(self, delivery: Delivery, verdict: Verdict) -> None:
+        self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))
+
+    def _settle(self, result: Result) -> None:
+        self.counts.verdicts[result.verdict.kind.value] += 1
+        if result.verdict.disable is not None:
+            self._disable(result)
+        self._recorder.add(result)
+        self._report(result)
+
+    def _disable(self, result: Result) -> None:
+        """Send it nothing more; the settle writes it down, and the feed then ends what is pending."""
+        endpoint = self._endpoints.get(result.endpoint_key)
+        if endpoint is not None and endpoint.state is EndpointState.ACTIVE:
+            self._endpoints[endpoint.key] = replace(
+                endpoint, state=EndpointState.DISABLED, state_reason=result.verdict.disable
+            )
+
+    # The end.
+
+    async def drain(self, grace_s: float) -> int:
+        """Start nothing more, wait for what is in flight; returns how many exchanges were cut off."""
+        self.stopping = True
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._in_flight:
+                    self._landed.clear()
+                    await self._landed.wait()
+        except TimeoutError:
+            pass
+        tasks = [task for _, _, task in self._in_flight.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for _, timer in self._held.values():
+            timer.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        return len(tasks)
+
+
+def _class(outcome: Outcome) -> str:
+    return f"{outcome.status // 100}xx"

@@ -1,0 +1,646 @@
+"""
+The feed: from the queue in PostgreSQL into the lanes.
+
+A feed lives as long as the session that owns the shards.  What it remembers (its snapshot, its places, which rows are
+in memory) is true only under those locks; after any reconnect a new feed recovers.
+
+What it knows of an endpoint is its ``Backlog``:
+
+- ``place``: fresh rows (no due time) above this id may be in the queue and not in memory.  None: every fresh row that
+  the last read saw is in memory.
+- ``due_place`` and ``next_due``: rows with a due time are in memory up to ``due_place``; the next one behind it
+  becomes due at ``next_due``.
+
+Four reads move these.  *Recovery* sets places for all endpoints that have rows.  *Arrivals* brings the rows that the
+last snapshot did not see; they are held while there is room, and behind a place they are left for the refill.
+*Refill* reads on from the places.  *Successors* brings the next row of an order key when its head is settled.
+
+Why nothing is lost: the reads run one after another on one connection, so each sees at least what the one before saw.
+A refill that returns fewer rows than asked for has reached the end as of its snapshot, and whatever becomes visible
+later is in the next arrivals.  Why nothing is taken twice: an id is ``known`` from the moment it is taken until its
+settle is committed, and a read that may have begun before that commit cannot bring it back (``_remembered``).
+
+NOTIFY only for a sleeper: after a second without arrivals the feed raises its flag, takes a snapshot, and goes on
+reading until every transaction that may have looked at the flag before it was raised has ended.  Only then does it
+sleep, with a slow poll as a backstop: NOTIFY is a hint, the read is the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import heapq
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hookd.clock import Clock
+    from hookd.core.reads import Arrivals, Row, Snapshot
+
+QUIET_S = 1.0
+"""How long without arrivals before the feed raises its flag."""
+
+SLEEP_POLL_S = 1.0
+"""Backstop while it sleeps."""
+
+PAUSE_S = 0.004
+"""Between reads while rows arrive: long enough to batch, short enough not to be felt."""
+
+BUSY_PAUSE_S = 0.012
+"""The same while memory holds plenty to send anyway."""
+
+BUSY_READS = 20
+"""So many reads with arrivals within ``BUSY_WITHIN_S`` make it worth telling producers to stop notifying: below that
+a NOTIFY for each commit is cheap, and wakes sooner than polling would."""
+
+BUSY_WITHIN_S = 0.25
+
+ENDPOINT_POLL_S = 0.5
+"""Changes of endpoints notify; this is their backstop."""
+
+QUEUE_MOST = 1024
+"""Rows of one endpoint in memory."""
+
+QUEUE_LEAST = 4
+
+REFILL_MOST = 2000
+"""Rows of one refill statement."""
+
+EVENTS_AT_ONCE = 500
+
+LONG_AGO = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
+
+
+class Reads(Protocol):
+    """The queue, as the feed reads it (``postgres.queue``)."""
+
+    async def snapshot(self) -> tuple[Snapshot, float]: ...
+    async def arrivals(self, since: Snapshot, shards: Iterable[int], window: int) -> Arrivals: ...
+    async def refill_fresh(self, demands: Sequence[tuple[EndpointKey, int, int]]) -> list[Row]: ...
+    async def refill_due(
+        self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
+    ) -> list[Row]: ...
+    async def successors(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
+    async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]: ...
+    async def endpoints_of(self, shards: Iterable[int]) -> list[Endpoint]: ...
+    async def endpoints(self, keys: Iterable[EndpointKey]) -> list[Endpoint]: ...
+    async def endpoint_changes(self, since: Snapshot) -> list[Endpoint]: ...
+    async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]: ...
+    async def flag_sleep(self, shards: Iterable[int], *, asleep: bool) -> None: ...
+
+
+class Forwarder(Protocol):
+    """Hands rows to the shard that their endpoint has moved to (``postgres.owner``)."""
+
+    async def forward(self, endpoints: Iterable[EndpointKey]) -> None: ...
+
+
+class Line(Protocol):
+    """Where deliveries go (the dispatcher)."""
+
+    def serve(self, endpoint: Endpoint) -> None: ...
+    def served(self, key: EndpointKey) -> Endpoint | None: ...
+    def admit(self, delivery: Delivery) -> None: ...
+    def withdraw(self, key: EndpointKey) -> list[Delivery]: ...
+    def waiting(self, key: EndpointKey) -> int: ...
+    def total_waiting(self) -> int: ...
+    def backed_up(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Backlog:
+    """What the feed knows of an endpoint's rows that are not in memory."""
+
+    place: int | None = None
+    due_place: tuple[datetime.datetime, int] = (LONG_AGO, 0)
+    next_due: float | None = None
+
+
+class Feed:
+    """Reads what is pending of the owned shards and keeps the lanes supplied."""
+
+    def __init__(
+        self,
+        reads: Reads,
+        forwarder: Forwarder,
+        line: Line,
+        clock: Clock,
+        *,
+        window: int,
+        known: Iterable[DeliveryId],
+    ) -> None:
+        self._reads = reads
+        self._forwarder = forwarder
+        self._line = line
+        self._clock = clock
+        self._window = window
+        self.shards: set[int] = set()
+        self.known: set[DeliveryId] = set(known)
+        """In memory: waiting, in flight, or settled and not yet written."""
+        self._remembered: set[DeliveryId] = set()
+        """Settled while a read was under way that may still show them."""
+        self._reading = False
+        self._dues_meanwhile: list[tuple[EndpointKey, float]] = []
+        self._backlogs: dict[EndpointKey, Backlog] = {}
+        self._endpoints: dict[EndpointKey, Endpoint] = {}
+        """As last read; the dispatcher may know of a failure that is not written yet."""
+        self._hungry: dict[EndpointKey, None] = {}
+        """Endpoints with a place, in the order in which they are served."""
+        self._dues: list[tuple[float, EndpointKey]] = []
+        self._due_now: dict[EndpointKey, None] = {}
+        self._heads_settled: dict[tuple[EndpointKey, str], None] = {}
+        self._unread_shards: set[int] = set()
+        self._events: WeakValueDictionary[UUID, Event] = WeakValueDictionary()
+        self._since: Snapshot | None = None
+        self._endpoints_since: Snapshot | None = None
+        self._rotations: list[tuple[float, EndpointKey]] = []
+        self._db_offset = 0.0
+        """The database's clock minus our monotonic one."""
+        self._wake = asyncio.Event()
+        self._endpoints_asked = False
+        self._stopping = False
+        self.recovered = asyncio.Event()
+        self.arrived = 0
+        """Rows taken so far."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<Feed shards={len(self.shards)} known={len(self.known)} hungry={len(self._hungry)} "
+            f"due={len(self._dues)}>"
+        )
+
+    # What others tell the feed.
+
+    def wake(self) -> None:
+        """Something may have changed: read soon.  A notification, room in a lane."""
+        self._wake.set()
+
+    def notified(self, payload: str) -> None:
+        """A notification came: of an arrival (empty) or of a changed endpoint (``endpoint``)."""
+        if payload == "endpoint":
+            self._endpoints_asked = True
+        self._wake.set()
+
+    def room(self) -> None:
+        """Something left the lanes for the network: there is room for more."""
+        if self._hungry or self._due_now:
+            self._wake.set()
+
+    def own(self, shards: Iterable[int]) -> None:
+        """These shards have been locked: recover them."""
+        self._unread_shards.update(shards)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._stopping = True
+        self._wake.set()
+
+    def settled(
+        self,
+        final: Iterable[Delivery],
+        rescheduled: Iterable[tuple[Delivery, float]],
+        *,
+        dropped: Iterable[Delivery] = (),
+    ) -> None:
+        """A settle was committed: these rows are gone, those are due again, and these were not ours to settle."""
+        for delivery in final:
+            self._forget(delivery.id)
+            if delivery.order_key is not None:
+                self._heads_settled[delivery.endpoint, delivery.order_key] = None
+        for delivery, due in rescheduled:
+            self._forget(delivery.id)
+            # what an ended endpoint is owed is not waited for
+            due_at = 0.0 if self._ended(delivery.endpoint) else due
+            if self._reading:
+                self._dues_meanwhile.append((delivery.endpoint, due_at))
+            else:
+                self._due(delivery.endpoint, due_at)
+        for delivery in dropped:
+            self._forget(delivery.id)
+        if self._heads_settled or self._hungry or self._dues or self._due_now:
+            self._wake.set()
+
+    def db_now(self) -> float:
+        """The database's clock, as of its last answer."""
+        return self._clock.mono() + self._db_offset
+
+    # The loop.
+
+    async def run(self) -> None:
+        """Read until told to stop.  Raises what the connection raises: a feed does not outlive its session."""
+        quiet_since = self._clock.mono()
+        asleep = True
+        horizon: Snapshot | None = None
+        endpoints_read = 0.0
+        brought: deque[float] = deque([0.0] * BUSY_READS, maxlen=BUSY_READS)
+        while not self._stopping:
+            self._wake.clear()
+            if self._unread_shards:
+                await self._recover()
+                horizon, asleep = self._since, True
+            if self._since is None:
+                await self._rest(SLEEP_POLL_S)
+                continue
+            active = await self._turn()
+            now = self._clock.mono()
+            if self._endpoints_asked or now - endpoints_read > ENDPOINT_POLL_S:
+                self._endpoints_asked = False
+                endpoints_read = now
+                await self._read_endpoints()
+            if active:
+                quiet_since = now
+                brought.append(now)
+                if asleep and now - brought[0] < BUSY_WITHIN_S:
+                    await self._reads.flag_sleep(self.shards, asleep=False)
+                    asleep, horizon = False, None
+                plenty = self._line.total_waiting() > self._window // 4
+                await self._rest(BUSY_PAUSE_S if plenty else PAUSE_S, early=asleep)
+                continue
+            if not asleep and now - quiet_since >= QUIET_S:
+                await self._reads.flag_sleep(self.shards, asleep=True)
+                horizon, _ = await self._reads.snapshot()
+                asleep = True
+            if horizon is not None and self._since.xmin >= horizon.xmax:
+                horizon = None
+            # without a horizon that has passed, a transaction that looked at the flag too early may still commit
+            await self._rest(SLEEP_POLL_S if asleep and horizon is None else PAUSE_S)
+
+    async def _turn(self) -> bool:
+        """One round of reads; whether it brought anything."""
+        brought = await self._read_arrivals()
+        if self._heads_settled:
+            brought |= await self._read_successors()
+        brought |= await self._refill_due()
+        brought |= await self._refill_fresh()
+        return brought
+
+    async def _rest(self, longest_s: float, *, early: bool = True) -> None:
+        """Wait to be woken, at most so long and not beyond the next due time.  Not ``early``: the whole pause."""
+        if self._dues:
+            longest_s = max(0.0, min(longest_s, self._dues[0][0] - self.db_now()))
+        if not early:
+            await asyncio.sleep(longest_s)
+            return
+        try:
+            async with asyncio.timeout(longest_s):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    # Recovery.
+
+    async def _recover(self) -> None:
+        gained, self._unread_shards = self._unread_shards, set()
+        # raised first: from now on every producer notifies, until arrivals make the feed lower it
+        await self._reads.flag_sleep(gained, asleep=True)
+        for endpoint in await self._reads.endpoints_of(gained):
+            self._serve(endpoint)
+        self.shards |= gained
+        if self._since is None:
+            # taken after the locks were: what commits later is an arrival, what it shows is read by key
+            self._since, db_now = await self._reads.snapshot()
+            self._endpoints_since = self._since
+            self._db_offset = db_now - self._clock.mono()
+        fresh, due = await self._reads.recover()
+        await self._serve_unknown({*fresh, *(key for key, _ in due)})
+        moved: set[EndpointKey] = set()
+        for key in fresh:
+            if self._ours(key, moved):
+                self._lower_place(key, 0)
+        for key, due_at in due:
+            if self._ours(key, moved):
+                self._due(key, due_at)
+        if moved:
+            await self._forwarder.forward(moved)
+        self.recovered.set()
+
+    def _ours(self, key: EndpointKey, moved: set[EndpointKey]) -> bool:
+        endpoint = self._line.served(key)
+        if endpoint is None:
+            return False
+        if endpoint.shard in self.shards:
+            return True
+        if self.shards.intersection(endpoint.former_shards):
+            moved.add(key)
+        return False
+
+    # Endpoints.
+
+    async def _read_endpoints(self) -> None:
+        assert self._endpoints_since is not None
+        since, _ = await self._reads.snapshot()
+        changed = await self._reads.endpoint_changes(self._endpoints_since)
+        # the changes were read with a later snapshot: some come twice, none is missed
+        self._endpoints_since = since
+        due = []
+        while self._rotations and self._rotations[0][0] <= self._clock.wall():
+            due.append(heapq.heappop(self._rotations)[1])
+        if due:
+            changed += await self._reads.endpoints(due)
+        for endpoint in changed:
+            await self._endpoint_changed(endpoint)
+
+    async def _endpoint_changed(self, endpoint: Endpoint) -> None:
+        before = self._endpoints.get(endpoint.key)
+        if before == endpoint:
+            return
+        if endpoint.shard not in self.shards:
+            for delivery in self._line.withdraw(endpoint.key):
+                self._forget(delivery.id)
+            if before is not None:
+                self._serve(endpoint)
+            if self.shards.intersection(endpoint.former_shards):
+                await self._forwarder.forward([endpoint.key])
+            return
+        waiting = self._line.withdraw(endpoint.key)
+        self._serve(endpoint)
+        if endpoint.state is EndpointState.PAUSED:
+            for delivery in waiting:
+                self._forget(delivery.id)
+        else:
+            for delivery in waiting:
+                self._line.admit(delivery)
+        if before is not None and before.state is not endpoint.state:
+            # read anew from the start: a pause let go of what was in memory, an ending takes all
+            self._backlogs[endpoint.key] = Backlog()
+            self._lower_place(endpoint.key, 0)
+            self._due(endpoint.key, 0.0)
+
+    def _serve(self, endpoint: Endpoint) -> None:
+        self._endpoints[endpoint.key] = endpoint
+        self._line.serve(endpoint)
+        if endpoint.rotates_until is not None:
+            heapq.heappush(self._rotations, (endpoint.rotates_until, endpoint.key))
+
+    async def _serve_unknown(self, keys: Iterable[EndpointKey]) -> None:
+        unknown = [key for key in keys if self._line.served(key) is None]
+        if unknown:
+            for endpoint in await self._reads.endpoints(unknown):
+                self._serve(endpoint)
+            for key in unknown:
+                if self._line.served(key) is None:
+                    # deleted behind our back: its deliveries end as cancelled
+                    self._serve(
+                        Endpoint(key, UUID(int=0), "", "", "", min(self.shards), state=EndpointState.REMOVED)
+                    )
+
+    # Reads.
+
+    async def _read_arrivals(self) -> bool:
+        assert self._since is not None
+        self._reading = True
+        arrivals = await self._reads.arrivals(self._since, self.shards, self._window)
+        self._since = arrivals.snapshot
+        self._db_offset = arrivals.db_now - self._clock.mono()
+        await self._serve_unknown({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
+        taken: list[Row] = []
+        moved: set[EndpointKey] = set()
+        room: Counter[EndpointKey] = Counter()
+        for row in sorted(arrivals.rows):
+            if row.shard in self.shards and self._ours(row.endpoint, moved) and self._hold_arrival(row, room):
+                taken.append(row)
+        for place in arrivals.places:
+            if self._ours(place.endpoint, moved):
+                if place.first_id is not None:
+                    self._lower_place(place.endpoint, place.first_id - 1)
+                if place.first_due is not None:
+                    self._due(place.endpoint, place.first_due)
+        self._taken_in()
+        await self._admit(taken)
+        if moved:
+            await self._forwarder.forward(moved)
+        return bool(arrivals.rows or arrivals.places)
+
+    def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
+        """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
+        if row.id in self.known or row.id in self._remembered:
+            return False
+        state = self._state(row.endpoint)
+        if state is EndpointState.PAUSED:
+            return False
+        if row.blocked and state is EndpointState.ACTIVE:
+            return False
+        backlog = self._backlog(row.endpoint)
+        if row.due_at is not None:
+            due_at = row.due_at.timestamp()
+            if due_at > self.db_now():
+                self._due(row.endpoint, due_at)
+                return False
+            if not self._has_room(row.endpoint, room):
+                backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
+                self._due(row.endpoint, 0.0)
+                return False
+        elif backlog.place is not None and row.id > backlog.place:
+            return False
+        elif not self._has_room(row.endpoint, room):
+            self._lower_place(row.endpoint, row.id - 1)
+            return False
+        return self._take(row, room)
+
+    async def _read_successors(self) -> bool:
+        keys, self._heads_settled = list(self._heads_settled), {}
+        self._reading = True
+        rows = await self._reads.successors(keys)
+        taken = []
+        for row in rows:
+            if (
+                row.id in self.known
+                or row.id in self._remembered
+                or self._state(row.endpoint) is EndpointState.PAUSED
+            ):
+                continue
+            if row.due_at is not None and row.due_at.timestamp() > self.db_now():
+                self._due(row.endpoint, row.due_at.timestamp())
+            elif row.shard in self.shards:
+                self.known.add(row.id)
+                taken.append(row)
+        self._taken_in()
+        await self._admit(taken)
+        return bool(taken)
+
+    async def _refill_due(self) -> bool:
+        now = self.db_now()
+        while self._dues and self._dues[0][0] <= now:
+            due_at, key = heapq.heappop(self._dues)
+            if self._backlog(key).next_due == due_at:
+                self._due_now[key] = None
+        if not self._due_now or self._line.backed_up():
+            return False
+        room: Counter[EndpointKey] = Counter()
+        demands = []
+        total = 0
+        for key in list(self._due_now):
+            want = self._wanted(key, room)
+            if want > 0 and self._state(key) is not EndpointState.PAUSED:
+                demands.append((key, *self._backlog(key).due_place, want, self._ended(key)))
+                total += want
+                del self._due_now[key]
+                if total >= REFILL_MOST:
+                    break
+            elif self._state(key) is EndpointState.PAUSED:
+                del self._due_now[key]
+        if not demands:
+            return False
+        for key, *_ in demands:
+            self._backlog(key).next_due = None
+        self._reading = True
+        rows = await self._reads.refill_due(demands)
+        taken: list[Row] = []
+        counts: Counter[EndpointKey] = Counter()
+        for row in rows:
+            backlog = self._backlog(row.endpoint)
+            assert row.due_at is not None
+            if row.later:
+                self._due(row.endpoint, row.due_at.timestamp())
+                continue
+            counts[row.endpoint] += 1
+            backlog.due_place = max(backlog.due_place, (row.due_at, row.id))
+            if self._takes(row) and self._take(row, room):
+                taken.append(row)
+        for key, _, _, want, _ in demands:
+            if counts[key] >= want:
+                self._backlog(key).next_due = 0.0
+                self._due_now[key] = None
+        self._taken_in()
+        await self._admit(taken)
+        return bool(taken)
+
+    async def _refill_fresh(self) -> bool:
+        if not self._hungry or self._line.backed_up():
+            return False
+        room: Counter[EndpointKey] = Counter()
+        demands = []
+        total = 0
+        for key in list(self._hungry):
+            place = self._backlog(key).place
+            if place is None or self._state(key) is EndpointState.PAUSED:
+                del self._hungry[key]
+                continue
+            want = self._wanted(key, room)
+            if want > 0:
+                demands.append((key, place, want))
+                total += want
+                # to the back: when demands do not fit into one statement, others come first next time
+                del self._hungry[key]
+                self._hungry[key] = None
+                if total >= REFILL_MOST:
+                    break
+        if not demands:
+            return False
+        self._reading = True
+        rows = await self._reads.refill_fresh(demands)
+        taken: list[Row] = []
+        counts: Counter[EndpointKey] = Counter()
+        for row in rows:
+            counts[row.endpoint] += 1
+            self._backlog(row.endpoint).place = row.id
+            if self._takes(row) and self._take(row, room):
+                taken.append(row)
+        for key, _, want in demands:
+            if counts[key] < want:
+                self._backlog(key).place = None
+                self._hungry.pop(key, None)
+        self._taken_in()
+        await self._admit(taken)
+        return bool(rows)
+
+    def _takes(self, row: Row) -> bool:
+        if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
+            return False
+        return not row.blocked or self._state(row.endpoint) is not EndpointState.ACTIVE
+
+    def _take(self, row: Row, room: Counter[EndpointKey]) -> bool:
+        self.known.add(row.id)
+        room[row.endpoint] += 1
+        return True
+
+    def _taken_in(self) -> None:
+        """The rows of a read have been looked at: what was settled meanwhile may be forgotten."""
+        self._reading = False
+        self._remembered.clear()
+        meanwhile, self._dues_meanwhile = self._dues_meanwhile, []
+        for key, due_at in meanwhile:
+            self._due(key, due_at)
+
+    async def _admit(self, rows: Sequence[Row]) -> None:
+        self.arrived += len(rows)
+        missing = list({r.event_id for r in rows if r.event_id not in self._events})
+        events: dict[UUID, Event] = {}
+        for start in range(0, len(missing), EVENTS_AT_ONCE):
+            events |= await self._reads.events(missing[start : start + EVENTS_AT_ONCE])
+        self._events.update(events)
+        for row in rows:
+            event = self._events.get(row.event_id)
+            if event is None:
+                # its day was dropped by retention: the dispatcher ends it as expired
+                event = Event(row.event_id, "", "", b"", created_at=0.0, expires_at=0.0)
+            self._line.admit(
+                Delivery(
+                    row.id,
+                    row.endpoint,
+                    event,
+                    row.attempt,
+                    row.shard,
+                    row.order_key,
+                    row.due_at.timestamp() if row.due_at else None,
+                    row.replay,
+                )
+            )
+
+    # Backlogs.
+
+    def _backlog(self, key: EndpointKey) -> Backlog:
+        backlog = self._backlogs.get(key)
+        if backlog is None:
+            backlog = self._backlogs[key] = Backlog()
+        return backlog
+
+    def _state(self, key: EndpointKey) -> EndpointState:
+        endpoint = self._line.served(key)
+        return EndpointState.REMOVED if endpoint is None else endpoint.state
+
+    def _ended(self, key: EndpointKey) -> bool:
+        return self._state(key) in (EndpointState.DISABLED, EndpointState.REMOVED)
+
+    def _lower_place(self, key: EndpointKey, place: int) -> None:
+        backlog = self._backlog(key)
+        backlog.place = place if backlog.place is None else min(backlog.place, place)
+        self._hungry[key] = None
+
+    def _due(self, key: EndpointKey, due_at: float) -> None:
+        backlog = self._backlog(key)
+        if backlog.next_due is None or due_at < backlog.next_due:
+            backlog.next_due = due_at
+            heapq.heappush(self._dues, (due_at, key))
+
+    def _forget(self, delivery_id: DeliveryId) -> None:
+        self.known.discard(delivery_id)
+        if self._reading:
+            self._remembered.add(delivery_id)
+
+    def _bound(self) -> int:
+        """Rows of one endpoint that memory holds: the window shared by those that have more than fits."""
+        return max(
+            QUEUE_LEAST, min(QUEUE_MOST, self._window // max(1, len(self._hungry) + len(self._due_now)))
+        )
+
+    def _has_room(self, key: EndpointKey, taken: Counter[EndpointKey]) -> bool:
+        return (
+            self._line.waiting(key) + taken[key] < self._bound()
+            and self._line.total_waiting() + taken.total() < self._window
+            and not self._line.backed_up()
+        )
+
+    def _wanted(self, key: EndpointKey, taken: Counter[EndpointKey]) -> int:
+        """How many rows to ask for: none before half of the queue is gone, so that reads are worth their price."""
+        bound = self._bound()
+        held = self._line.waiting(key) + taken[key]
+        return bound - held if held <= bound // 2 else 0

@@ -1,0 +1,124 @@
+"""
+What keeps the schema in shape while the daemon runs: partitions, retention, settings, the daemon's own summary.
+
+It has a connection of its own, because a partition may have to wait for a lock, and settling may not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from hookd.postgres.connect import unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TIMEOUT_S = 60.0
+
+ADD_PARTITION = "select hookd.add_partition($1)"
+
+DROP_PARTITION = "select hookd.drop_partition($1, clock_timestamp() - make_interval(secs => $2))"
+
+# In slices, so that no lock and no snapshot is held for long.
+PURGE_DEAD_LETTERS = """
+delete from hookd.dead_letter
+ where delivery_id in (
+   select delivery_id from hookd.dead_letter
+    where died_at < clock_timestamp() - make_interval(secs => $1) order by died_at limit 5000)
+"""
+
+PURGE_IDEMPOTENCY = """
+delete from hookd.idempotency
+ where (tenant, key) in (
+   select tenant, key from hookd.idempotency
+    where created_at < clock_timestamp() - make_interval(secs => $1) order by created_at limit 5000)
+"""
+
+PURGE_ENDPOINTS = """
+delete from hookd.endpoint e
+ where e.state = 'removed' and e.state_at < clock_timestamp() - make_interval(secs => $1)
+   and not exists (select from hookd.delivery d where d.endpoint = e.key and d.due_at is null)
+   and not exists (select from hookd.delivery d where d.endpoint = e.key and d.due_at is not null)
+"""
+
+PURGE_NODES = "delete from hookd.node where seen_at < clock_timestamp() - interval '1 minute'"
+
+SET = """
+insert into hookd.setting (name, value)
+select * from unnest($1::text[], $2::text[])
+on conflict (name) do update set value = excluded.value where hookd.setting.value <> excluded.value
+"""
+
+PUBLISH = """
+insert into hookd.node (id, backend, started_at, seen_at, summary)
+values ($1, $2, to_timestamp($3), clock_timestamp(), $4::text::jsonb)
+on conflict (id) do update
+   set backend = excluded.backend, seen_at = excluded.seen_at, summary = excluded.summary
+"""
+
+WITHDRAW = "delete from hookd.node where id = $1"
+
+
+class Maintenance:
+    """The connection for slow work."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self._turn = asyncio.Lock()
+
+    async def add_partition(self, parent: str) -> str | None:
+        """Cut the next day off the open partition if it is time; None if it was not, or if a lock was not to be had."""
+        return await self._locked(ADD_PARTITION, parent)
+
+    async def drop_partition(self, parent: str, older_than_s: float) -> str | None:
+        """Drop the oldest partition if it is all older; None if there was none, or if a lock was not to be had."""
+        return await self._locked(DROP_PARTITION, parent, older_than_s)
+
+    async def purge(self, *, dead_letters_s: float, events_s: float) -> int:
+        """Delete what retention ends and partitions do not; one slice of each, returns how many rows."""
+        deleted = 0
+        for statement, age in (
+            (PURGE_DEAD_LETTERS, dead_letters_s),
+            (PURGE_IDEMPOTENCY, events_s),
+            (PURGE_ENDPOINTS, events_s),
+        ):
+            status = await self._run(self._connection.execute, statement, age)
+            deleted += int(status.rpartition(" ")[2])
+        await self._run(self._connection.execute, PURGE_NODES)
+        return deleted
+
+    async def set(self, settings: Mapping[str, str]) -> None:
+        """Tell the database what it has to know of the configuration."""
+        await self._run(self._connection.execute, SET, list(settings), list(settings.values()))
+
+    async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
+        """Say how this daemon is doing; ``summary`` is JSON."""
+        await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+
+    async def withdraw(self, node: str) -> None:
+        """This daemon is gone."""
+        await self._run(self._connection.execute, WITHDRAW, node)
+
+    async def close(self) -> None:
+        """End the session."""
+        self._connection.terminate()
+
+    async def _locked(self, statement: str, *args: Any) -> str | None:
+        try:
+            name = await self._run(self._connection.fetchval, statement, *args)
+        except asyncpg.LockNotAvailableError:
+            return None
+        return None if name is None else str(name)
+
+    async def _run(self, call: Any, *args: Any) -> Any:
+        async with self._turn:
+            try:
+                return await call(*args, timeout=TIMEOUT_S)
+            except Exception as error:
+                problem = unavailable(error)
+                if problem is not None:
+                    raise problem from error
+                raise
