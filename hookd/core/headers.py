@@ -1,0 +1,66 @@
+"""
+Which headers a subscriber or a producer may set.
+
+aiohttp checks values but not names, and a prepared head bypasses even that: names such as ``X: injected``, a second
+``Content-Length`` or a foreign ``Host`` would be sent as they are.  So names must be tokens and values visible ASCII
+(RFC 9110, 5.5 and 5.6.2), and none may frame, route, authenticate to a proxy or sign.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,128}")
+VALUE = re.compile(r"(?:[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?")
+
+TOTAL_MOST = 8 * 1024
+
+RESERVED = frozenset(
+    {
+        "accept-encoding",  # nothing is decompressed
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",  # the format says it
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+RESERVED_PREFIXES = ("webhook-", "svix-", "hookd-", "proxy-")
+
+
+def check_header(name: str, value: str) -> str | None:
+    """What is wrong with a header, in words that do not repeat its value; None if nothing is."""
+    if not TOKEN.fullmatch(name):
+        return f"header name {name[:40]!r} is not a token of RFC 9110"
+    lower = name.lower()
+    if lower in RESERVED or lower.startswith(RESERVED_PREFIXES):
+        return f"header {name!r} is set by hookd and cannot be chosen"
+    if not VALUE.fullmatch(value):
+        return f"the value of header {name!r} has characters other than visible ASCII, or blanks at its ends"
+    return None
+
+
+def check_headers(headers: Mapping[str, object]) -> str | None:
+    """The same for all headers of an endpoint or event, and for their total size."""
+    total = 0
+    for name, value in headers.items():
+        if not isinstance(value, str):
+            return f"the value of header {name[:40]!r} is not a string"
+        problem = check_header(name, value)
+        if problem is not None:
+            return problem
+        total += len(name) + len(value) + 4
+    if total > TOTAL_MOST:
+        return f"the headers take {total} bytes; {TOTAL_MOST} are allowed"
+    return None

@@ -1,0 +1,309 @@
+"""
+Connections: opened through aiohttp's connector, kept in a pool of our own.
+
+aiohttp's connector gives what is hard to write well: TCP and TLS set-up, happy eyeballs, the C parser behind its
+protocol.  Its pool is not used, for two reasons.  It reuses the connection that has been idle longest, which is the one
+most likely to be closed by the peer; and it hands out a connection on which the peer has already pushed bytes, so that
+the next request is answered by them (aiohttp#13656; seen with 3.14.5): a double reply would mark somebody else's
+delivery as delivered.
+
+So: last in, first out, and before reuse a connection is dropped if its protocol holds unread data, or if its socket is
+readable.  An idle connection has nothing to say; if it is readable, it is closing or lying.
+
+The guard is here too: ``socket_factory`` sees the address that is about to be dialled, whatever a resolver said or was
+not asked, and the peer of the connected socket is looked at once more before a byte is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import select
+import socket
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_reqrep import ConnectionKey
+from yarl import URL
+
+from hookd.core.addresses import AddressRules, classify
+from hookd.core.model import OutcomeKind
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.connector import Connection
+
+    from hookd.core.urls import Target
+    from hookd.net.resolver import Resolver
+
+IDLE_MOST_S = 15.0
+"""Below the idle time-out of common servers (nginx 75 s, many balancers 60 s, Node.js and uvicorn 5 s are found by
+the readable socket)."""
+
+SWEEP_S = 5.0
+
+OUR_FAULTS = frozenset(
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.EADDRNOTAVAIL,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+    }
+)
+"""What no receiver can be blamed for."""
+
+NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+
+
+class AddressBlocked(OSError):
+    """The guard refused an address that was about to be dialled."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailure:
+    """Why there is no connection."""
+
+    kind: OutcomeKind
+    reason: str
+
+
+class Line:
+    """A connection, and what is needed to use it again."""
+
+    __slots__ = ("connection", "fd", "idle_since", "key", "protocol", "transport")
+
+    def __init__(self, connection: Connection, key: ConnectionKey) -> None:
+        self.connection = connection
+        self.key = key
+        self.protocol: ResponseHandler = connection.protocol  # type: ignore[assignment]
+        self.transport: asyncio.Transport = connection.transport  # type: ignore[assignment]
+        self.fd: int = self.transport.get_extra_info("socket").fileno()
+        self.idle_since = 0.0
+
+    def drop(self) -> None:
+        """End it without a word."""
+        self.protocol.abort()
+        self.connection.close()
+
+
+class _Dial:
+    """What the connector reads of a request when it opens a connection; one for each target."""
+
+    __slots__ = (
+        "connection_key",
+        "headers",
+        "host",
+        "port",
+        "proxy",
+        "proxy_auth",
+        "proxy_headers",
+        "request_info",
+        "server_hostname",
+        "ssl",
+        "url",
+    )
+
+    def __init__(self, target: Target, context: ssl.SSLContext) -> None:
+        self.url = URL(target.url)
+        self.host = target.host
+        self.port = target.port
+        self.ssl: ssl.SSLContext | bool = context if target.scheme == "https" else True
+        self.proxy = None
+        self.proxy_auth = None
+        self.proxy_headers = None
+        self.headers: dict[str, str] = {}
+        self.server_hostname = None
+        self.request_info = None
+        self.connection_key = key_of(target, context)
+
+    def is_ssl(self) -> bool:
+        """Whether it is TLS."""
+        return self.connection_key.is_ssl
+
+
+def key_of(target: Target, context: ssl.SSLContext) -> ConnectionKey:
+    """Connections are shared by everybody on the same scheme, host and port."""
+    tls = target.scheme == "https"
+    return ConnectionKey(target.host, target.port, tls, context if tls else True, None, None, None)
+
+
+class _Vetted(AbstractResolver):
+    """Hands the connector the addresses that our resolver has vetted."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        resolution = await self._resolver.resolve(host)
+        if not resolution.addresses:
+            raise OSError(None, resolution.problem)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for address in resolution.addresses
+            if family in (socket.AF_UNSPEC, socket.AF_INET6 if ":" in address else socket.AF_INET)
+        ]
+
+    async def close(self) -> None:
+        """The resolver belongs to the exchange."""
+
+
+class Connections:
+    """Opens connections and keeps idle ones."""
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        rules: Callable[[], AddressRules],
+        context: ssl.SSLContext,
+        mono: Callable[[], float],
+    ) -> None:
+        self._rules = rules
+        self._context = context
+        self._mono = mono
+        self._connector = aiohttp.TCPConnector(
+            limit=0,  # lanes are the only limit: waiting inside the connector costs O(hosts) on every release
+            use_dns_cache=False,
+            resolver=_Vetted(resolver),
+            socket_factory=self._guarded_socket,
+            force_close=True,  # its pool stays empty
+            ssl=context,
+        )
+        self._idle: dict[ConnectionKey, deque[Line]] = {}
+        self._dials: dict[Target, _Dial] = {}
+        self._poll = select.poll()
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        self.opened = 0
+
+    def __repr__(self) -> str:
+        return f"<Connections idle={sum(map(len, self._idle.values()))} opened={self.opened}>"
+
+    def take(self, target: Target) -> Line | None:
+        """An idle connection to the target that is silent and alive; the one that was used last."""
+        lines = self._idle.get(key_of(target, self._context))
+        if lines is None:
+            return None
+        now = self._mono()
+        while lines:
+            line = lines.pop()
+            if now - line.idle_since <= IDLE_MOST_S and self._silent(line):
+                return line
+            line.drop()
+        return None
+
+    def keep(self, line: Line) -> None:
+        """Keep a connection whose answer was read to its end."""
+        if line.protocol.should_close or not line.protocol.is_connected():
+            line.drop()
+            return
+        line.idle_since = self._mono()
+        lines = self._idle.get(line.key)
+        if lines is None:
+            lines = self._idle[line.key] = deque()
+        lines.append(line)
+
+    async def open(self, target: Target) -> Line | ConnectFailure:
+        """A new connection to a vetted address of the target.  The caller sets the deadline."""
+        dial = self._dials.get(target)
+        if dial is None:
+            if len(self._dials) > 10_000:
+                self._dials.clear()
+            dial = self._dials[target] = _Dial(target, self._context)
+        try:
+            connection = await self._connector.connect(dial, [], NO_TIMEOUT)  # type: ignore[arg-type]
+        except aiohttp.ClientConnectorDNSError as error:
+            return ConnectFailure(
+                OutcomeKind.DNS_FAILED, str(error.os_error.strerror or "the name could not be resolved")
+            )
+        except aiohttp.ClientConnectorCertificateError as error:
+            return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error.certificate_error))
+        except aiohttp.ClientConnectorSSLError:
+            return ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
+        except aiohttp.ClientConnectorError as error:
+            return connect_failure(error.os_error)
+        except OSError as error:
+            return connect_failure(error)
+        except (aiohttp.ClientError, ValueError):
+            return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
+        self.opened += 1
+        line = Line(connection, dial.connection_key)
+        peer = line.transport.get_extra_info("peername")
+        if peer is None or not classify(peer[0], self._rules()).allowed:
+            line.drop()
+            return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
+        return line
+
+    def drop_idle(self) -> None:
+        """Drop what is idle: the rules have changed."""
+        for lines in self._idle.values():
+            for line in lines:
+                line.drop()
+        self._idle.clear()
+
+    async def close(self) -> None:
+        """Drop everything."""
+        self._sweeper.cancel()
+        self.drop_idle()
+        await self._connector.close()
+
+    def _silent(self, line: Line) -> bool:
+        if not line.protocol.is_connected() or line.protocol.should_close:
+            return False
+        self._poll.register(line.fd, select.POLLIN | select.POLLPRI)
+        try:
+            return not self._poll.poll(0)
+        finally:
+            self._poll.unregister(line.fd)
+
+    def _guarded_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
+        family, kind, proto, _, address = addr_info
+        if not classify(address[0], self._rules()).allowed:
+            raise AddressBlocked(errno.EACCES, "the address is not allowed")
+        return socket.socket(family, kind, proto)
+
+    def _sweep(self) -> None:
+        """Drop what has been idle for too long, oldest first; hosts that are never called again must not keep theirs."""
+        oldest = self._mono() - IDLE_MOST_S
+        for key in list(self._idle):
+            lines = self._idle[key]
+            while lines and lines[0].idle_since < oldest:
+                lines.popleft().drop()
+            if not lines:
+                del self._idle[key]
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+
+def connect_failure(error: OSError) -> ConnectFailure:
+    """What the system's error means."""
+    if isinstance(error, AddressBlocked) or "the address is not allowed" in str(error):
+        return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
+    if error.errno in OUR_FAULTS:
+        return ConnectFailure(OutcomeKind.OURS, "this machine could not open a connection")
+    if error.errno == errno.ECONNREFUSED or "Connect call failed" in str(error):
+        return ConnectFailure(OutcomeKind.CONNECT_REFUSED, "the connection was refused")
+    if error.errno == errno.ETIMEDOUT or isinstance(error, TimeoutError):
+        return ConnectFailure(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out")
+    return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
+
+
+def certificate_reason(error: Exception) -> str:
+    """Which check a certificate failed; the words of OpenSSL name no address."""
+    message = getattr(error, "verify_message", "") or ""
+    return f"the certificate is not accepted: {message}" if message else "the certificate is not accepted"
