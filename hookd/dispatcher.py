@@ -136,6 +136,13 @@ class Dispatcher:
         """All that are served."""
         return self._endpoints
 
+    def renew(self, policy: RetryPolicy, max_in_flight: int) -> None:
+        """The configuration has changed: prepare requests anew."""
+        self.policy = policy
+        self.max_in_flight = max_in_flight
+        self._preparers.clear()
+        self.poke()
+
     def admit(self, delivery: Delivery) -> None:
         """Take a delivery into its lane, or to its end if there is nothing to send any more."""
         endpoint = self._endpoints[delivery.endpoint]

@@ -21,6 +21,11 @@ ROUND_S = 60.0
 
 PUBLISH_S = 1.0
 
+MEASURE_S = 5.0
+
+PURGE_SLICE = 5000
+"""Rows of one purge; a full slice means that there may be more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -38,6 +43,7 @@ class Maintenance(Protocol):
     async def drop_partition(self, parent: str, older_than_s: float) -> str | None: ...
     async def purge(self, *, dead_letters_s: float, events_s: float) -> int: ...
     async def set(self, settings: Mapping[str, str]) -> None: ...
+    async def depth(self) -> dict[str, float]: ...
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None: ...
 
 
@@ -55,8 +61,9 @@ async def keep_up(
                 report("made", made)
             while dropped := await maintenance.drop_partition(parent, age):
                 report("dropped", dropped)
-        while await maintenance.purge(dead_letters_s=kept.dead_letters_s, events_s=kept.events_s) >= 5000:
-            await asyncio.sleep(0)
+        purged = PURGE_SLICE
+        while purged >= PURGE_SLICE:
+            purged = await maintenance.purge(dead_letters_s=kept.dead_letters_s, events_s=kept.events_s)
         await asyncio.sleep(ROUND_S * (0.9 + 0.2 * dice.draw()))
 
 
@@ -71,3 +78,10 @@ async def publish(
     while True:
         await maintenance.publish(node, backend(), started_at, summary())
         await asyncio.sleep(PUBLISH_S)
+
+
+async def measure(maintenance: Maintenance, measured: Callable[[dict[str, float]], None]) -> None:
+    """Look every few seconds at how much is pending."""
+    while True:
+        measured(await maintenance.depth())
+        await asyncio.sleep(MEASURE_S)

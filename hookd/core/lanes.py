@@ -65,6 +65,7 @@ class _Lane:
         "fresh",
         "gate",
         "host",
+        "idle",
         "listed",
         "queues",
         "retries",

@@ -47,6 +47,7 @@ class HostGate:
         self._tat = 0.0
         self._cut_mono = -NEVER
         self.limit = 0.0
+        self.cap = NEVER
         self.reconfigure(limits)
 
     def __repr__(self) -> str:

@@ -123,22 +123,25 @@ class _Failure:
 def _retry(
     failure: _Failure, delivery: Delivery, endpoint: Endpoint, policy: RetryPolicy, now: float, draw: float
 ) -> Verdict:
-    common = {
-        "endpoint_failed": True,
-        "slow_lane": failure.slow,
-        "hold_lane_s": min(failure.asked_s, HOLD_LANE_MOST_S) if failure.holds else 0.0,
-        "disable": _disable(endpoint, policy, now),
-    }
+    def verdict(kind: VerdictKind, reason: str, delay_s: float = 0.0) -> Verdict:
+        return Verdict(
+            kind,
+            reason,
+            delay_s=delay_s,
+            disable=_disable(endpoint, policy, now),
+            endpoint_failed=True,
+            slow_lane=failure.slow,
+            hold_lane_s=min(failure.asked_s, HOLD_LANE_MOST_S) if failure.holds else 0.0,
+        )
+
     if delivery.attempt >= len(policy.schedule_s):
-        return Verdict(VerdictKind.EXHAUSTED, failure.reason, **common)  # type: ignore[arg-type]
+        return verdict(VerdictKind.EXHAUSTED, failure.reason)
     delay = policy.schedule_s[delivery.attempt] * (1 - policy.jitter + 2 * policy.jitter * draw)
     delay = max(delay, min(failure.asked_s, RETRY_AFTER_MOST_S))
     expires_at = delivery.event.expires_at
     if expires_at is not None and now + delay >= expires_at:
-        return Verdict(
-            VerdictKind.EXPIRED, f"expires before its next attempt; last: {failure.reason}", **common
-        )  # type: ignore[arg-type]
-    return Verdict(VerdictKind.RETRY, failure.reason, delay_s=delay, **common)  # type: ignore[arg-type]
+        return verdict(VerdictKind.EXPIRED, f"expires before its next attempt; last: {failure.reason}")
+    return verdict(VerdictKind.RETRY, failure.reason, delay)
 
 
 def _disable(endpoint: Endpoint, policy: RetryPolicy, now: float) -> str | None:

@@ -31,7 +31,7 @@ def excerpt(body: bytes, most: int) -> str:
 
 def kept_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[str, str], ...]:
     """Names and values of an answer's headers, as many as fit."""
-    kept = []
+    kept: list[tuple[str, str]] = []
     size = 0
     for name, value in raw:
         size += len(name) + len(value)

@@ -59,6 +59,17 @@ on conflict (id) do update
    set backend = excluded.backend, seen_at = excluded.seen_at, summary = excluded.summary
 """
 
+THIN_KEY = "select key from hookd.thin_key"
+
+# Counted up to a bound: an exact count of a large backlog would cost more than all that is being looked at.
+DEPTH = """
+select (select count(*) from (select from hookd.delivery where due_at is null limit 100000) f) as fresh,
+       (select count(*) from (select from hookd.delivery where due_at is not null limit 100000) s) as scheduled,
+       (select count(*) from (select from hookd.dead_letter where replayed_at is null limit 100000) l) as dead_letter,
+       (select extract(epoch from clock_timestamp() - hookd.uuid7_time(o.event_id))::double precision
+          from (select event_id from hookd.delivery where due_at is null order by event_id limit 1) o) as oldest_s
+"""
+
 WITHDRAW = "delete from hookd.node where id = $1"
 
 
@@ -97,6 +108,15 @@ class Maintenance:
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
         await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+
+    async def thin_key(self) -> bytes:
+        """What signs the URLs of thin events."""
+        return bytes(await self._run(self._connection.fetchval, THIN_KEY))
+
+    async def depth(self) -> dict[str, float]:
+        """How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is."""
+        row = await self._run(self._connection.fetchrow, DEPTH)
+        return {name: float(value or 0) for name, value in row.items()}
 
     async def withdraw(self, node: str) -> None:
         """This daemon is gone."""

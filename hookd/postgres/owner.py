@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
-from hookd.postgres.connect import DatabaseUnavailable, unavailable
+from hookd.postgres.connect import unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,9 +41,9 @@ TRUST_S = 2.0
 STATEMENT_TIMEOUT_S = 30.0
 
 LOCK_SHARDS = """
-select id
+select id, pg_try_advisory_lock($2, id) as locked
   from hookd.shard
- where id <> all($1::smallint[]) and pg_try_advisory_lock($2, id)
+ where id <> all($1::smallint[])
 """
 
 SETTLE_FINAL = """
@@ -143,6 +143,7 @@ class OwnerSession:
         self._clock = clock
         self._turn = asyncio.Lock()
         self.shards: set[int] = set()
+        self.owns_all = False
         self.answered_mono = clock.mono()
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
@@ -163,7 +164,8 @@ class OwnerSession:
         Tried, not waited for: a lock request that waits would stall settling.
         """
         rows = await self._run(self._connection.fetch, LOCK_SHARDS, list(self.shards), SHARD_LOCK_CLASS)
-        gained = {row["id"] for row in rows}
+        gained = {row["id"] for row in rows if row["locked"]}
+        self.owns_all = len(gained) == len(rows)
         self.shards |= gained
         return gained
 

@@ -177,3 +177,41 @@ comment on function hookd.send(text, json, text, text, timestamptz, timestamptz,
   'Sends an event in the caller''s transaction; returns its id. The payload''s bytes are sent as given';
 comment on function hookd.send(text, jsonb, text, text, timestamptz, timestamptz, text, text, jsonb) is
   'Sends an event in the caller''s transaction; returns its id. jsonb is sent as PostgreSQL prints it: keys reordered, duplicates dropped';
+
+-- Thin events --------------------------------------------------------------------------------------------------
+
+create table hookd.thin_key (
+  key bytea not null check (length(key) = 32),
+  single boolean primary key default true check (single)
+);
+comment on table hookd.thin_key is 'Signs the URLs of thin events; applications check them with hookd.check_thin()';
+insert into hookd.thin_key
+values (sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())));
+
+create function hookd.hmac_sha256(message bytea, key bytea) returns bytea
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+-- RFC 2104 with a key of at most 64 bytes; PostgreSQL has sha256() without an extension, but no HMAC
+declare
+  ipad bytea := decode(repeat('36', 64), 'hex');
+  opad bytea := decode(repeat('5c', 64), 'hex');
+begin
+  for n in 0 .. length(key) - 1 loop
+    ipad := set_byte(ipad, n, get_byte(ipad, n) # get_byte(key, n));
+    opad := set_byte(opad, n, get_byte(opad, n) # get_byte(key, n));
+  end loop;
+  return sha256(opad || sha256(ipad || message));
+end
+$$;
+comment on function hookd.hmac_sha256(bytea, bytea) is 'HMAC-SHA256 (RFC 2104)';
+
+create function hookd.check_thin(event_id uuid, expires bigint, signature text) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select extract(epoch from clock_timestamp()) < expires
+     and sha256(hookd.hmac_sha256(convert_to(event_id || '.' || expires, 'UTF8'), k.key))
+       = sha256(decode(case when signature ~ '^[0-9a-f]{64}$' then signature else '' end, 'hex'))
+    from hookd.thin_key k
+$$;
+comment on function hookd.check_thin(uuid, bigint, text) is
+  'Whether the URL of a thin event, as its receiver called it, was signed by hookd and has not expired';

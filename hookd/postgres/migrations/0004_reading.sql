@@ -31,7 +31,7 @@ begin
        on hookd.event to hookd_producer;
     grant select (id) on hookd.event to hookd_producer;
     grant usage on sequence hookd.event_key to hookd_producer;
-    grant execute on function hookd.uuid7(), hookd.valid_payload(text) to hookd_producer;
+    grant execute on function hookd.uuid7(), hookd.valid_payload(text), hookd.check_thin(uuid, bigint, text) to hookd_producer;
     grant execute on function
       hookd.send(text, text, text, text, timestamptz, timestamptz, text, text, jsonb),
       hookd.send(text, json, text, text, timestamptz, timestamptz, text, text, jsonb),
@@ -41,7 +41,7 @@ begin
     grant usage on schema hookd to hookd_reader;
     grant select on hookd.event, hookd.endpoint, hookd.delivery, hookd.attempt, hookd.dead_letter,
       hookd.delivery_status, hookd.node, hookd.partition, hookd.migration, hookd.setting, hookd.shard to hookd_reader;
-    grant execute on function hookd.uuid7_floor(timestamptz), hookd.uuid7_time(uuid) to hookd_reader;
+    grant execute on function hookd.uuid7_floor(timestamptz), hookd.uuid7_time(uuid), hookd.check_thin(uuid, bigint, text) to hookd_reader;
   end if;
   if to_regrole('hookd_daemon') is not null then
     grant usage on schema hookd to hookd_daemon;

@@ -1,0 +1,69 @@
+"""
+Logging: one line an occurrence, for people on a terminal and as JSON everywhere else.
+
+Lines carry ids of deliveries, endpoints and attempts, never payloads, headers or secrets.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+import orjson
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hookd.config import LogConfig
+
+BURST = 20
+"""Lines about failed attempts in a second; what is above is counted and said in one line."""
+
+
+def configure(config: LogConfig) -> None:
+    """Write to stderr as the configuration says."""
+    console = config.format == "console" or (config.format == "auto" and sys.stderr.isatty())
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        if console
+        else structlog.processors.JSONRenderer(serializer=lambda line, **_: orjson.dumps(line, default=str).decode())
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[config.level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+class Throttle:
+    """Lets ``BURST`` lines a second through and counts the others."""
+
+    def __init__(self, mono: Callable[[], float]) -> None:
+        self._mono = mono
+        self._second = 0
+        self._said = 0
+        self.held_back = 0
+
+    def allows(self) -> bool:
+        """Whether one more line may be written now."""
+        second = int(self._mono())
+        if second != self._second:
+            self._second, self._said = second, 0
+        self._said += 1
+        if self._said > BURST:
+            self.held_back += 1
+            return False
+        return True
+
+    def taken(self) -> int:
+        """How many lines were held back since this was asked last."""
+        held_back, self.held_back = self.held_back, 0
+        return held_back
