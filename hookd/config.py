@@ -380,8 +380,14 @@ def duration(value: Any) -> float:
     """
     match = DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        hint = f'; did you mean "{value}s"?' if isinstance(value, int | float) and not isinstance(value, bool) else ""
-        raise ValueError(f'{value!r} is no duration; write for example "250ms", "20s", "5m", "2h" or "5d"{hint}')
+        hint = (
+            f'; did you mean "{value}s"?'
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else ""
+        )
+        raise ValueError(
+            f'{value!r} is no duration; write for example "250ms", "20s", "5m", "2h" or "5d"{hint}'
+        )
     return float(match[1]) * DURATION_UNITS[match[2]]
 
 
@@ -453,7 +459,10 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
         yield "retry.schedule", "more than 100 retries"
     for host in config.limits.hosts:
         if "/" in host or " " in host:
-            yield f'limits.hosts."{host}"', 'write a host, a host and port, or a pattern such as "*.example.com"'
+            yield (
+                f'limits.hosts."{host}"',
+                'write a host, a host and port, or a pattern such as "*.example.com"',
+            )
     for path in ("database.password_file", "network.ca_file", "admin.token_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
@@ -470,7 +479,10 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
             try:
                 ipaddress.ip_network(text)
             except ValueError:
-                yield f"network.{key}", f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"'
+                yield (
+                    f"network.{key}",
+                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"',
+                )
     for text in network.nameservers:
         try:
             ipaddress.ip_address(text)

@@ -14,30 +14,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import orjson
 import structlog
 
 from hookd import __version__
 from hookd.clock import SystemClock, SystemDice
+from hookd.config import addresses
+from hookd.core.addresses import AddressRules
+from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
 from hookd.core.model import BodyFormat, VerdictKind
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
-from hookd.net.exchange import HttpExchange, check_parts
-from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
+from hookd.logs import Throttle
+from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
+from hookd.net.resolver import Resolver, own_addresses
+from hookd.postgres.connect import Database, DatabaseUnavailable
 from hookd.postgres.maintenance import Maintenance
-from hookd.postgres.migrate import SchemaMismatch, migrate, pending
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
-from hookd.upkeep import Retention, keep_up, publish
+from hookd.upkeep import Retention, keep_up, measure, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,12 +60,11 @@ RECONNECT_MOST_S = 5.0
 READ_AHEAD = 4
 """Deliveries in memory for each that may be in flight."""
 
+LANES_SHOWN = 100
+"""In the summary that ``status`` and ``explain`` read: the lanes with most waiting."""
+
 GC_THRESHOLDS = (50_000, 20, 50)
 """With 500 exchanges in flight the default thresholds cost a third of all CPU; everything that lives long is frozen."""
-
-
-class StartFailed(Exception):
-    """The daemon cannot start; the message says what to do."""
 
 
 @dataclass(slots=True)
@@ -76,35 +79,52 @@ class Tenure:
 class Daemon:
     """All parts of one process."""
 
-    def __init__(self, config: Config, database: Database) -> None:
+    def __init__(self, config: Config, database: Database, reload: Callable[[], Config | None]) -> None:
+        """``reload`` reads the configuration again; None when it is bad, which it has said already."""
         self.config = config
         self._database = database
+        self._reload = reload
         self._clock = SystemClock()
         self._dice = SystemDice()
-        self.node = f"{socket.gethostname()}-{os.getpid()}"
+        self._throttle = Throttle(self._clock.mono)
+        self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
         self.tenure: Tenure | None = None
         self.ready = asyncio.Event()
+        self.reload_ok = True
+        self.depth: dict[str, float] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._database_lost = False
+        self._thin_key = b""
+        self.rules = self._address_rules()
         self.lanes = Lanes(
             config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
         )
-        self.exchange = HttpExchange.configured(config, wall=self._clock.wall, mono=self._clock.mono)
+        self.resolver = Resolver(
+            lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono
+        )
+        self.exchange = HttpExchange(
+            self.resolver,
+            lambda: self.rules,
+            self._options(),
+            wall=self._clock.wall,
+            mono=self._clock.mono,
+            context=tls_context(config.network.ca_file),
+        )
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
         self.dispatcher = Dispatcher(
             self.lanes,
             self.exchange,
             self.recorder,
-            lambda endpoint: Composer(endpoint, self._wire()),
+            lambda endpoint: Composer(endpoint, self.wire()),
             config.retry_policy(),
             self._clock,
             self._dice,
             max_in_flight=config.delivery.max_in_flight,
             vouched=self._vouched,
             room=self._room,
-            report=self._attempted,
+            report=self._reported,
         )
 
     # Life.
@@ -138,18 +158,15 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self.apply)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
+        in_flight = len(self.dispatcher.in_flight())
         if self._stop.is_set():
-            log.warning("stopping at once", signal=name, in_flight=len(self.dispatcher.in_flight()))
+            log.warning("stopping at once", signal=name, in_flight=in_flight)
         else:
-            log.info(
-                "draining",
-                signal=name,
-                in_flight=len(self.dispatcher.in_flight()),
-                grace_s=self.config.delivery.drain,
-            )
+            log.info("draining", signal=name, in_flight=in_flight, grace_s=self.config.delivery.drain)
         self.stop()
 
     async def _wind_down(self) -> int:
@@ -159,7 +176,9 @@ class Daemon:
         at_once = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({drain, at_once}, return_when=asyncio.FIRST_COMPLETED)
         at_once.cancel()
-        cut_off = await self.dispatcher.drain(0) if not drain.done() else drain.result()
+        if not drain.done():
+            drain.cancel()
+        cut_off = drain.result() if drain.done() else await self.dispatcher.drain(0)
         unwritten = await self._write_the_rest()
         log.info("stopped", cut_off=cut_off, unwritten=unwritten)
         return 0 if unwritten == 0 else 1
@@ -169,6 +188,9 @@ class Daemon:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.delivery.drain):
                 await self.recorder.empty()
+        if self.tenure is not None:
+            with contextlib.suppress(DatabaseUnavailable):
+                await self.tenure.maintenance.withdraw(self.node)
         return len(self.recorder.unwritten())
 
     # Tenures.
@@ -183,9 +205,11 @@ class Daemon:
                 self.ready.clear()
                 if not self._database_lost:
                     self._database_lost = True
-                    log.error(
-                        "database lost; trying again until it is back", problem=str(group.exceptions[0])
-                    )
+                    log.error("database lost; trying again until it is back", problem=_first(group))  # noqa: TRY400
+            except* Exception as group:  # noqa: BLE001 - a fault of ours must not end the deliveries of everybody
+                delay = RECONNECT_MOST_S
+                self.ready.clear()
+                log.error("internal error; the session starts over", exc_info=group)  # noqa: TRY400
             self.dispatcher.forget_all()
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
 
@@ -209,10 +233,11 @@ class Daemon:
             )
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())
+            self._thin_key = await maintenance.thin_key()
             self.tenure = Tenure(owner, feed, maintenance)
             if self._database_lost:
                 self._database_lost = False
-                log.info("database is back")
+                log.info("database is back", shards=len(owner.shards))
             feed.own(owner.shards)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -220,8 +245,9 @@ class Daemon:
                     group.create_task(self.recorder.run(owner, feed))
                     group.create_task(self._keep_locks(owner, feed))
                     group.create_task(self._watch(owner.lost, queue.lost))
-                    group.create_task(self._announce(feed))
+                    group.create_task(self._announce(owner, feed))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
+                    group.create_task(measure(maintenance, self._measured))
                     group.create_task(
                         publish(maintenance, self.node, self.started_at, lambda: owner.backend, self._summary)
                     )
@@ -231,14 +257,15 @@ class Daemon:
     async def _keep_locks(self, owner: OwnerSession, feed: Feed) -> None:
         while True:
             await asyncio.sleep(LOCK_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
-            if self._stop.is_set():
-                await owner.probe()
-                continue
-            gained = await owner.acquire() if len(owner.shards) < self._database.shards else set()
-            if gained:
-                log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
-                feed.own(gained)
+            if not owner.owns_all and not self._stop.is_set():
+                gained = await owner.acquire()
+                if gained:
+                    log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
+                    feed.own(gained)
             await owner.probe()
+            held_back = self._throttle.taken()
+            if held_back:
+                log.info("more failed attempts, not listed", count=held_back)
 
     @staticmethod
     async def _watch(*lost: asyncio.Event) -> None:
@@ -250,21 +277,62 @@ class Daemon:
                 wait.cancel()
         raise DatabaseUnavailable("the connection was closed by the server")
 
-    async def _announce(self, feed: Feed) -> None:
-        await feed.recovered.wait()
+    async def _announce(self, owner: OwnerSession, feed: Feed) -> None:
+        if not owner.shards:
+            log.info("standing by: another daemon owns all shards")
+        else:
+            await feed.recovered.wait()
         self.ready.set()
 
-    # What the parts ask for.
+    # Configuration.
 
-    def _wire(self) -> Wire:
+    def apply(self) -> None:
+        """Read the configuration again and apply what can be; a bad one changes nothing."""
+        config = self._reload()
+        self.reload_ok = config is not None
+        if config is None:
+            return
+        self.config = config
+        rules = self._address_rules()
+        if rules != self.rules:
+            self.rules = rules
+            self.exchange.connections.drop_idle()
+        self.exchange.options = self._options()
+        self.lanes.reconfigure(
+            config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
+        )
+        self.dispatcher.renew(config.retry_policy(), config.delivery.max_in_flight)
+        log.info("configuration applied")
+
+    def wire(self) -> Wire:
+        """What all requests have in common."""
         delivery = self.config.delivery
+        thin = None
+        if delivery.thin_url:
+            thin = ThinLink(delivery.thin_url, self._thin_key, self.config.retention.events)
         return Wire(
             user_agent=f"hookd/{__version__}",
             format=BodyFormat(delivery.format),
             timeout_s=delivery.timeout,
             connect_timeout_s=delivery.connect_timeout,
             https_only=self.config.network.https_only,
+            thin=thin,
         )
+
+    def _address_rules(self) -> AddressRules:
+        network = self.config.network
+        return AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+
+    def _options(self) -> ExchangeOptions:
+        delivery = self.config.delivery
+        return ExchangeOptions(
+            max_response=delivery.max_response,
+            redirects=delivery.redirects,
+            https_only=self.config.network.https_only,
+            user_agent=f"hookd/{__version__}",
+        )
+
+    # What the parts ask for.
 
     def _vouched(self) -> bool:
         return self.tenure is not None and self.tenure.owner.trusted(self._clock.mono())
@@ -283,14 +351,51 @@ class Daemon:
             "delivery.format": self.config.delivery.format,
         }
 
+    def lane_states(self) -> dict[str, int]:
+        """How many lanes wait for what."""
+        states = dict.fromkeys(("ready", "rate", "concurrency", "hold", "idle"), 0)
+        for lane in self.lanes.snapshot(self._clock.mono()):
+            states[lane.why] = states.get(lane.why, 0) + 1
+        return states
+
     def _summary(self) -> str:
-        return orjson.dumps({}).decode()
+        lanes = sorted(self.lanes.snapshot(self._clock.mono()), key=lambda lane: -lane.waiting)
+        return orjson.dumps(
+            {
+                "version": __version__,
+                "lanes": [asdict(lane) for lane in lanes[:LANES_SHOWN]],
+                "lanes_total": len(lanes),
+                "in_flight": len(self.dispatcher.in_flight()),
+                "waiting": self.lanes.total_waiting,
+                "unwritten": len(self.recorder.unwritten()),
+                "verdicts": self.dispatcher.counts.verdicts,
+                "at": self._clock.wall(),
+            }
+        ).decode()
 
     # What the parts report.
 
-    def _attempted(self, result: Result) -> None:
-        if result.verdict.kind is VerdictKind.DELIVERED:
+    def _measured(self, depth: dict[str, float]) -> None:
+        self.depth = depth
+
+    def _reported(self, result: Result) -> None:
+        kind, verdict = result.verdict.kind, result.verdict
+        if kind is VerdictKind.DELIVERED and self.config.log.level != "debug":
             return
+        about = {
+            "delivery_id": result.delivery.id,
+            "event_id": str(result.delivery.event.id),
+            "endpoint": result.endpoint_key,
+            "attempt": result.delivery.attempt + (result.outcome is not None),
+        }
+        if kind is VerdictKind.DELIVERED:
+            log.debug("delivered", **about)
+        elif verdict.disable is not None:
+            log.warning("endpoint disabled", reason=verdict.disable, **about)
+        elif self._throttle.allows():
+            if kind is VerdictKind.RETRY:
+                about["retry_in_s"] = round(verdict.delay_s, 1)
+            log.info("attempt failed", verdict=kind.value, reason=verdict.reason, **about)
 
     def _unstorable(self, problem: str, result: Result) -> None:
         log.error(
@@ -302,4 +407,11 @@ class Daemon:
 
     @staticmethod
     def _partitioned(what: str, name: str) -> None:
-        log.info(f"partition {what}", partition=name)
+        log.info("partition", did=what, name=name)
+
+
+def _first(group: BaseExceptionGroup[DatabaseUnavailable]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)

@@ -19,6 +19,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from hookd.core.histogram import Histogram
 from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ LINGER_S = 0.02
 """From when the first result of a batch came.  Nobody waits for it: the receiver has had its event."""
 
 HIGH_WATER = 5000
+
+BATCH_BOUNDS = (1, 5, 10, 25, 50, 100, 250, 500, 1000)
+SETTLE_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
 class Settlement(Protocol):
@@ -81,8 +85,8 @@ class Recorder:
         self.batches = 0
         self.statements = 0
         self.settled = 0
-        self.settle_s = 0.0
-        self.on_settle: Callable[[int, float], None] = lambda _rows, _seconds: None
+        self.batch_rows = Histogram(BATCH_BOUNDS)
+        self.settle_s = Histogram(SETTLE_BOUNDS_S)
 
     def __repr__(self) -> str:
         return f"<Recorder unwritten={len(self._results)} batches={self.batches}>"
@@ -154,10 +158,9 @@ class Recorder:
             await self._settle(ours[:half], ledger, followers)
             await self._settle(ours[half:], ledger, followers)
             return
-        took = self._clock.mono() - begun
-        self.settle_s += took
-        self.on_settle(len(ours), took)
         if done is not None:
+            self.batch_rows.observe(len(ours))
+            self.settle_s.observe(self._clock.mono() - begun)
             self.batches += 1
             self.statements += done.statements
             self.settled += len(done.ids)

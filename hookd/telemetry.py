@@ -43,14 +43,18 @@ class Telemetry:
         daemon = self._daemon
         counts = daemon.dispatcher.counts
         yield _counter("hookd_attempts", "HTTP exchanges by what came of them", "outcome", counts.outcomes)
-        yield _counter("hookd_verdicts", "What followed from attempts and endings", "verdict", counts.verdicts)
+        yield _counter(
+            "hookd_verdicts", "What followed from attempts and endings", "verdict", counts.verdicts
+        )
         yield _histogram("hookd_attempt_seconds", "One whole attempt", counts.attempt_s)
         yield _histogram(
             "hookd_delivery_lag_seconds", "From the event's insert to the first byte sent, first attempts only",
             counts.lag_s,
         )  # fmt: skip
         yield _gauge("hookd_build_info", "1", {"version": __version__}, 1)
-        yield _gauge("hookd_config_reload_success", "Whether the last reload was applied", None, int(daemon.reload_ok))
+        yield _gauge(
+            "hookd_config_reload_success", "Whether the last reload was applied", None, int(daemon.reload_ok)
+        )
         yield _gauge("hookd_in_flight", "Exchanges under way", None, len(daemon.dispatcher.in_flight()))
         yield _gauges(
             "hookd_queue_depth", "Pending deliveries and dead letters, each counted up to 100,000", "state",
@@ -60,11 +64,17 @@ class Telemetry:
             "hookd_oldest_pending_seconds", "Age of the oldest event that has a fresh delivery", None,
             daemon.depth.get("oldest_s", 0),
         )  # fmt: skip
-        yield _gauges("hookd_lanes", "Hosts with something waiting or in flight", "state", daemon.lane_states())
+        yield _gauges(
+            "hookd_lanes", "Hosts with something waiting or in flight", "state", daemon.lane_states()
+        )
         recorder = daemon.recorder
-        yield _histogram("hookd_settle_batch_size", "Results of one settling transaction", recorder.batch_rows)
+        yield _histogram(
+            "hookd_settle_batch_size", "Results of one settling transaction", recorder.batch_rows
+        )
         yield _histogram("hookd_settle_seconds", "One settling transaction", recorder.settle_s)
-        yield CounterMetricFamily("hookd_settle_statements", "SQL statements of settling", recorder.statements)
+        yield CounterMetricFamily(
+            "hookd_settle_statements", "SQL statements of settling", recorder.statements
+        )
         yield _gauge("hookd_unwritten", "Results that are not committed yet", None, len(recorder.unwritten()))
         owned = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
         yield _gauge("hookd_shards_owned", "Shards whose locks this daemon holds", None, owned)
@@ -97,5 +107,5 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
         total += count
         buckets.append((bound, float(total)))
     family = HistogramMetricFamily(name, text)
-    family.add_metric([], buckets, histogram.total)
+    family.add_metric([], buckets, histogram.sum)
     return family

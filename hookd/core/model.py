@@ -103,7 +103,7 @@ class Endpoint:
     """Headers that the subscriber asked for.  They may hold credentials, so they are not shown."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Event:
     """What happened.  Shared by all deliveries of it that are in memory."""
 

@@ -101,7 +101,7 @@ class HttpExchange:
         context: ssl.SSLContext | None = None,
     ) -> None:
         self._resolver = resolver
-        self._options = options
+        self.options = options
         self._wall = wall
         self._mono = mono
         self._loop = asyncio.get_running_loop()
@@ -117,7 +117,7 @@ class HttpExchange:
         deadline = begun + request.timeout_s
         try:
             await self._send(request, outcome, deadline)
-            while outcome.status in REDIRECT_STATUSES and self._options.redirects != "never":
+            while outcome.status in REDIRECT_STATUSES and self.options.redirects != "never":
                 hop = self._hop(request, outcome)
                 if hop is None:
                     break
@@ -252,7 +252,7 @@ class HttpExchange:
 
     async def _read_body(self, line: Line, payload: Any, outcome: Outcome) -> bool:
         """Read a bounded part of the body; whether it ended, so that the connection may live."""
-        most = self._options.max_response
+        most = self.options.max_response
         if payload.is_eof() and payload.exception() is None:
             data = payload.read_nowait(-1)
             outcome.body, outcome.body_truncated = excerpt(data, most), len(data) > most
@@ -292,7 +292,7 @@ class HttpExchange:
         if outcome.redirects >= REDIRECTS_MOST:
             outcome.reason = "too many redirects"
             return None
-        target = parse_url(urljoin(request.target.url, location), https_only=self._options.https_only)
+        target = parse_url(urljoin(request.target.url, location), https_only=self.options.https_only)
         if isinstance(target, UrlProblem):
             outcome.reason = f"redirected to a URL that is not called: {target.reason}"
             return None
@@ -301,10 +301,10 @@ class HttpExchange:
             return None
         if target.lane == request.target.lane and target.scheme == request.target.scheme:
             return replace(request, target=target, head=_with_path(request.head, target))
-        if self._options.redirects == "same-host":
+        if self.options.redirects == "same-host":
             outcome.reason = "a redirect to another host is not followed"
             return None
-        head = prepare_head(target, {}, user_agent=self._options.user_agent, content_type="application/json")
+        head = prepare_head(target, {}, user_agent=self.options.user_agent, content_type="application/json")
         return replace(
             request, target=target, head=head, lines=b"content-length: %d\r\n\r\n" % len(request.body)
         )

@@ -158,7 +158,9 @@ class EmbeddedServer:
 
     def running(self) -> bool:
         """Whether the server of this directory runs; what is asked is PostgreSQL, not a file of ours."""
-        return (self.home / "data").is_dir() and self._call("pg_ctl", "status", "-D", self._data).returncode == 0
+        return (self.home / "data").is_dir() and self._call(
+            "pg_ctl", "status", "-D", self._data
+        ).returncode == 0
 
     @property
     def _data(self) -> str:
@@ -185,7 +187,9 @@ class EmbeddedServer:
         password = self.home / "password"
         with contextlib.suppress(FileNotFoundError):
             password.unlink()
-        with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:  # noqa: PTH123
+        with open(
+            os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
+        ) as file:  # noqa: PTH123
             file.write(secrets.token_urlsafe(24) + "\n")
         self._give(password)
         locale = ["--locale=C"]
@@ -209,9 +213,13 @@ class EmbeddedServer:
     def _start(self) -> None:
         self._write_conf(self.home / "data")
         log = self.home / "server.log"
-        started = self._call("pg_ctl", "start", "-D", self._data, "-l", str(log), "-w", "-t", str(START_TIMEOUT_S))
+        started = self._call(
+            "pg_ctl", "start", "-D", self._data, "-l", str(log), "-w", "-t", str(START_TIMEOUT_S)
+        )
         if started.returncode != 0:
-            raise EmbeddedProblem(f"the embedded PostgreSQL does not start; {_last_line(log)} (more in {log})")
+            raise EmbeddedProblem(
+                f"the embedded PostgreSQL does not start; {_last_line(log)} (more in {log})"
+            )
 
     def _give(self, path: Path) -> None:
         if self._account.other:
@@ -280,7 +288,9 @@ def _binaries(folder: Path, origin: str) -> Binaries | None:
     if not all((folder / name).is_file() for name in ("initdb", "pg_ctl", "postgres")):
         return None
     try:
-        said = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+        said = subprocess.run(
+            [folder / "postgres", "--version"], capture_output=True, text=True, check=True, timeout=10
+        )  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     match = re.search(r"(\d+)(?:\.\d+)?", said.stdout)
@@ -328,7 +338,9 @@ def _home(wanted: Path, account: _Account) -> Path:
     owner = home.stat().st_uid
     if account.other and owner == 0:
         if any(home.iterdir()):
-            raise EmbeddedProblem(f"database.data_dir {home} is root's and not empty; choose another directory")
+            raise EmbeddedProblem(
+                f"database.data_dir {home} is root's and not empty; choose another directory"
+            )
         os.chown(home, account.uid, account.gid)
     elif owner != account.uid:
         raise EmbeddedProblem(f"database.data_dir {home} belongs to another user (uid {owner})")

@@ -1,0 +1,5 @@
+"""``python -m hookd``."""
+
+from hookd.commands import main
+
+main()

@@ -1,0 +1,1 @@
+"""The HTTP side of the daemon: API, metrics and probes."""

@@ -1,0 +1,124 @@
+"""
+The command line.  A command's module is imported when it is called: ``hookd --help`` stays as quick as Python itself.
+
+Exit status: 0 done, 1 it failed, 2 usage or configuration.  An error is one line on stderr that says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import click
+
+from hookd import __version__
+
+COMMANDS = {
+    # name: module, attribute, help
+    "run": ("run", "run", "The daemon: deliver until told to stop"),
+    "check-config": ("configuration", "check_config", "Say whether the configuration is right"),
+    "config": ("configuration", "config", "Show what is in force, or the file's JSON schema"),
+    "doctor": ("doctor", "doctor", "Look at everything that hookd depends on"),
+    "migrate": ("migrate", "migrate", "Bring the database's schema up to date"),
+    "send": ("send", "send", "Send an event"),
+    "endpoint": ("endpoint", "endpoint", "Register callback URLs and look after them"),
+    "event": ("inspect", "event", "Find events and what became of them"),
+    "attempts": ("inspect", "attempts", "Every attempt, with its answer and timing"),
+    "explain": ("inspect", "explain", "Why an event or a delivery is where it is"),
+    "status": ("inspect", "status", "How the daemons and the queue are doing"),
+    "replay": ("replay", "replay", "Queue settled deliveries again"),
+    "resend": ("replay", "resend", "One event or delivery again, now"),
+    "verify": ("verify", "verify", "Say whether a captured request's signature holds"),
+    "listen": ("listen", "listen", "A receiver for development"),
+    "health": ("inspect", "health", "Ask a running daemon whether it is well"),
+    "demo": ("demo", "demo", "Receivers good and bad, and what becomes of their events"),
+    "completion": ("configuration", "completion", "Completion for bash, zsh or fish"),
+}
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What stands on the command line beside the command."""
+
+    config_file: str | None = None
+    json: bool = False
+
+
+class Lazy(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"hookd.commands.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the table, and import nothing for it."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Documentation: README.md and docs/. Exit status: 0 done, 1 it failed, 2 usage or configuration.",
+)
+@click.version_option(__version__, prog_name="hookd")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Default: $HOOKD_CONFIG, ./config.toml, /etc/hookd/config.toml.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def cli(ctx: click.Context, config_file: str | None, *, as_json: bool) -> None:
+    """hookd delivers webhooks for applications that already have PostgreSQL."""
+    ctx.obj = Invocation(config_file, as_json)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        status = cli.main(prog_name="hookd", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        status = done.exit_code
+    except click.Abort:
+        sys.stderr.write("hookd: interrupted\n")
+        status = 1
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" (see {error.ctx.command_path} --help)"
+        sys.stderr.write(f"hookd: {' '.join(error.format_message().split())}{hint}\n")
+        status = error.exit_code
+    except BrokenPipeError:
+        status = 0
+    except Exception as error:
+        status = _known(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _known(error: Exception) -> int:
+    """Print an error that has a message of its own; others are bugs and show where they are."""
+    from hookd.config import ConfigInvalid  # noqa: PLC0415 - only when something failed
+    from hookd.commands.session import Failed  # noqa: PLC0415
+
+    if isinstance(error, ConfigInvalid):
+        sys.stderr.writelines(f"{mistake}\n" for mistake in error.mistakes)
+        return 2
+    if isinstance(error, Failed):
+        sys.stderr.write(f"hookd: {error}\n")
+        return error.status
+    raise error

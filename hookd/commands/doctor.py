@@ -1,0 +1,219 @@
+"""``hookd doctor``: look at everything that hookd depends on."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from hookd.commands.session import Failed, database_of, options, print_json
+from hookd.config import load
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from hookd.commands import Invocation
+    from hookd.config import Config
+    from hookd.postgres.connect import Database
+
+ROLES = ("hookd_producer", "hookd_daemon", "hookd_reader")
+
+CLOCK_MOST_S = 2.0
+"""Receivers tolerate 300 s; more than this between two machines is a clock that nobody sets."""
+
+SERVER = """
+select current_setting('server_version') as version, current_user as role, pg_is_in_recovery() as standby,
+       extract(epoch from clock_timestamp())::double precision as now, current_setting('max_connections')::integer as most,
+       (select count(*) from pg_stat_activity where datname is not null)::integer as used,
+       current_setting('synchronous_commit') as synchronous_commit
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    level: str
+    """``ok``, ``warn`` or ``fail``."""
+    said: str
+
+
+@click.command()
+@options
+@click.pass_obj
+def doctor(invocation: Invocation) -> None:
+    """Look at libraries, configuration, database, schema, roles, DNS, file descriptors and clock; exit status 0 or 1."""
+    loaded = load(invocation.config_file)
+    config = loaded.config
+    findings = [Finding("configuration", "ok", loaded.file or "no file, so all defaults"), *_here(config)]
+    try:
+        with database_of(config) as database:
+            findings += asyncio.run(_database(database, config))
+    except Failed as error:
+        findings.append(Finding("database", "fail", str(error)))
+    findings += asyncio.run(_names(config))
+    if invocation.json:
+        print_json(findings)
+    else:
+        width = max(len(f.what) for f in findings)
+        for finding in findings:
+            click.echo(f"{finding.level:4}  {finding.what.ljust(width)}  {finding.said}")
+    if any(f.level == "fail" for f in findings):
+        raise click.exceptions.Exit(1)
+
+
+def _here(config: Config) -> list[Finding]:
+    from hookd.config import addresses  # noqa: PLC0415 - not for --help
+    from hookd.net.exchange import check_parts  # noqa: PLC0415
+
+    findings = [Finding("libraries", "fail", problem) for problem in check_parts()]
+    if not findings:
+        findings.append(
+            Finding("libraries", "ok", "versions above the security floors, aiohttp's C parser is there")
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = config.delivery.max_in_flight + 64
+    enough = hard in (resource.RLIM_INFINITY,) or hard >= needed
+    findings.append(
+        Finding(
+            "file descriptors",
+            "ok" if enough else "fail",
+            f"{soft}, may be raised to {hard}; {needed} are needed",
+        )
+    )
+    if any(n.is_loopback or n.is_private for n in addresses(config.network.allow)):
+        findings.append(
+            Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: private addresses may be called; remove it in production")
+        )  # fmt: skip
+    if not config.network.https_only:
+        findings.append(Finding("network.https_only", "warn", "http:// endpoints may be registered"))
+    return findings
+
+
+async def _database(database: Database, config: Config) -> list[Finding]:
+    from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable  # noqa: PLC0415 - not for --help
+
+    begun = time.perf_counter()
+    try:
+        connection = await database.connect("doctor")
+    except (DatabaseRefused, DatabaseUnavailable) as error:
+        return [Finding("database", "fail", str(error))]
+    took = (time.perf_counter() - begun) * 1000
+    try:
+        return [*await _server(connection, database, config, took), *await _schema(connection)]
+    finally:
+        connection.terminate()
+
+
+async def _server(
+    connection: asyncpg.Connection, database: Database, config: Config, took_ms: float
+) -> list[Finding]:
+    asked = time.time()
+    row = await connection.fetchrow(SERVER)
+    assert row is not None
+    answered = time.time()
+    findings = [
+        Finding("database", "ok", f"PostgreSQL {row['version']} as {row['role']}, {database.described}, connected in {took_ms:.0f} ms")
+    ]  # fmt: skip
+    if config.database.dsn == "embedded":
+        findings.append(Finding("database", "warn", "embedded: for trying out, not for production"))
+    if row["standby"]:
+        findings.append(
+            Finding("database", "fail", "this is a read-only standby; name the primary in database.dsn")
+        )
+    # a pooler in transaction mode gives the second transaction another session
+    first = await connection.fetchval("select pg_backend_pid()")
+    second = await connection.fetchval("select pg_backend_pid()")
+    if first != second:
+        findings.append(
+            Finding("pooler", "fail", "a transaction pooler is in between; hookd needs sessions of its own")
+        )
+    left = row["most"] - row["used"]
+    findings.append(
+        Finding(
+            "connections",
+            "ok" if left >= 6 else "warn",
+            f"{row['used']} of {row['most']} in use; hookd takes up to 6",
+        )
+    )
+    off = row["now"] - (asked + answered) / 2
+    findings.append(
+        Finding(
+            "clock",
+            "ok" if abs(off) < CLOCK_MOST_S else "warn",
+            f"the database's is {off:+.3f} s off this machine's",
+        )
+    )
+    if row["synchronous_commit"] == "off":
+        findings.append(
+            Finding(
+                "durability",
+                "warn",
+                "synchronous_commit is off: a crash of the server may lose the last events",
+            )
+        )
+    return findings
+
+
+async def _schema(connection: asyncpg.Connection) -> list[Finding]:
+    from hookd.postgres.migrate import SchemaMismatch, pending  # noqa: PLC0415 - not for --help
+
+    try:
+        missing = await pending(connection)
+    except SchemaMismatch as error:
+        return [Finding("schema", "fail", str(error))]
+    if missing:
+        return [
+            Finding(
+                "schema",
+                "warn",
+                f"{len(missing)} migrations are pending; hookd migrate (or run) applies them",
+            )
+        ]
+    findings = [Finding("schema", "ok", "up to date")]
+    missing_roles = [
+        r for r in ROLES if not await connection.fetchval("select to_regrole($1) is not null", r)
+    ]
+    if missing_roles:
+        findings.append(
+            Finding("roles", "warn", f"there is no {', '.join(missing_roles)}; a role that may create roles makes them with hookd migrate")
+        )  # fmt: skip
+    else:
+        findings.append(Finding("roles", "ok", ", ".join(ROLES)))
+    alive = await connection.fetchval(
+        "select count(*) from hookd.node where seen_at > clock_timestamp() - interval '15 seconds'"
+    )
+    findings.append(Finding("daemons", "ok" if alive else "warn", f"{alive} running"))
+    return findings
+
+
+async def _names(config: Config) -> list[Finding]:
+    from hookd.net.resolver import own_addresses  # noqa: PLC0415 - not for --help
+
+    findings = [
+        Finding("own addresses", "ok", ", ".join(map(str, sorted(own_addresses(), key=str))) or "none found")
+    ]
+    try:
+        begun = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(5):
+            await loop.getaddrinfo("example.com", 443, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError):
+        findings.append(
+            Finding("DNS", "warn", "example.com does not resolve: only endpoints by address will work")
+        )
+    else:
+        findings.append(
+            Finding("DNS", "ok", f"example.com resolved in {(time.perf_counter() - begun) * 1000:.0f} ms")
+        )
+    free = shutil.disk_usage(".").free
+    if config.database.dsn == "embedded" and free < 2**30:
+        findings.append(Finding("disk", "warn", f"{free // 2**20} MiB are free"))
+    return findings

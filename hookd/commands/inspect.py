@@ -1,0 +1,263 @@
+"""``hookd event``, ``attempts``, ``explain``, ``status``, ``health``: looking at what happened and happens."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hookd.commands.session import (
+    Failed,
+    moment,
+    options,
+    print_fields,
+    print_json,
+    print_table,
+    shown,
+    uuid_of,
+    with_connection,
+)
+from hookd.config import load
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    import asyncpg
+
+    from hookd.commands import Invocation
+    from hookd.config import Config
+
+BODY_SHOWN = 400
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def event() -> None:
+    """Find events and what became of them."""
+
+
+@event.command(name="list")
+@click.option("--tenant")
+@click.option("--type", "type_", metavar="PATTERN", help="user.created, user.* or *.")
+@click.option("--since", metavar="TIME", help="2h (ago), or a time.")
+@click.option("--until", metavar="TIME")
+@click.option("--before", metavar="ID", help="The page after this event.")
+@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@options
+@click.pass_obj
+def list_events(
+    invocation: Invocation, tenant: str | None, type_: str | None, since: str | None, until: str | None,
+    before: str | None, limit: int,
+) -> None:  # fmt: skip
+    """Events, newest first."""
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    after, upto = moment(since), moment(until)
+    last = uuid_of(before, "event id") if before else None
+    rows = with_connection(
+        invocation,
+        lambda c, _: history.events(
+            c, tenant=tenant, type_pattern=type_, before=last, since=after, until=upto, limit=limit
+        ),
+    )
+    if invocation.json:
+        print_json(rows)
+        return
+    print_table(
+        [(r["id"], r["created_at"], r["tenant"], r["type"], r["payload_bytes"]) for r in rows],
+        ("id", "created at", "tenant", "type", "bytes"),
+        "no events",
+    )
+
+
+@event.command(name="show")
+@click.argument("event_id", metavar="ID")
+@options
+@click.pass_obj
+def show_event(invocation: Invocation, event_id: str) -> None:
+    """One event with its payload, and what became of it at each endpoint."""
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    wanted = uuid_of(event_id, "event id")
+    found = with_connection(invocation, lambda c, _: history.event(c, wanted))
+    if found is None:
+        raise Failed(f"there is no event {wanted}; it may have ended with retention.events")
+    if invocation.json:
+        print_json(found)
+        return
+    deliveries = found.pop("deliveries")
+    print_fields(found)
+    click.echo()
+    print_table(
+        [(r["state"], r["attempts"], r["last_status"], r["url"], r["reason"]) for r in deliveries],
+        ("state", "attempts", "status", "url", "reason"),
+        "no endpoint subscribed to it",
+    )
+
+
+@click.command()
+@click.option("--event", "event_id", metavar="ID")
+@click.option("--endpoint", "endpoint_id", metavar="ID")
+@click.option("--verdict", type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]))
+@click.option("--before", metavar="TIME", help="The page before this time.")
+@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option("--full", is_flag=True, help="With the answers.")
+@options
+@click.pass_obj
+def attempts(
+    invocation: Invocation, event_id: str | None, endpoint_id: str | None, verdict: str | None,
+    before: str | None, limit: int, *, full: bool,
+) -> None:  # fmt: skip
+    """Every attempt, newest first, with its request, answer and timing."""
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    event_uuid = uuid_of(event_id, "event id") if event_id else None
+    endpoint_uuid = uuid_of(endpoint_id, "endpoint id") if endpoint_id else None
+    upto = moment(before)
+    rows = with_connection(
+        invocation,
+        lambda c, _: history.attempts(
+            c, event_id=event_uuid, endpoint_id=endpoint_uuid, verdict=verdict, before=upto, limit=limit
+        ),
+    )
+    if invocation.json:
+        print_json(rows)
+        return
+    if full:
+        for row in rows:
+            _print_attempt(row)
+        return
+    print_table(
+        [
+            (r["at"], r["event_id"], r["attempt"], r["verdict"], r["status"] or r["outcome"], r["total_ms"], r["url"], r["reason"])
+            for r in rows
+        ],
+        ("at", "event", "no", "verdict", "answer", "ms", "url", "reason"),
+        "no attempts",
+    )  # fmt: skip
+
+
+def _print_attempt(row: dict[str, Any]) -> None:
+    body = row.pop("answer_body")
+    headers = row.pop("answer_headers")
+    row["sent"] = "yes" if row["sent"] else "no: the receiver cannot have seen it"
+    if row["resent"]:
+        row["sent"] = "twice: an idle connection was closed as it went out"
+    row.pop("resent")
+    print_fields({k: v for k, v in row.items() if v is not False})
+    for line in (headers or "").splitlines():
+        click.echo(f"  < {line}")
+    if body:
+        click.echo(f"  < {body[:BODY_SHOWN]}{'…' if len(body) > BODY_SHOWN else ''}")
+    click.echo()
+
+
+@click.command()
+@click.argument("id_", metavar="ID")
+@options
+@click.pass_obj
+def explain(invocation: Invocation, id_: str) -> None:
+    """Why this event (or this delivery, by its number) is where it is."""
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
+        event_id, delivery_id = await find(connection, id_)
+        found = await history.explain(connection, event_id, delivery_id)
+        if not found and await history.event(connection, event_id) is None:
+            raise Failed(f"there is no event {event_id}; it may have ended with retention.events")
+        return found
+
+    rows = with_connection(invocation, work)
+    if invocation.json:
+        print_json(rows)
+        return
+    if not rows:
+        click.echo("no endpoint subscribed to this event when it was inserted")
+    for row in rows:
+        click.echo(f"{row['state']}  {row['url'] or row['endpoint_id']}")
+        click.echo(f"  {row['because']}")
+
+
+async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | None]:
+    """
+    The event, and the delivery where its number was given.
+
+    Raises:
+        Failed: there is none.
+    """
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    if not text.isdigit():
+        return uuid_of(text, "event id or delivery number"), None
+    event_id = await history.find_delivery(connection, int(text))
+    if event_id is None:
+        raise Failed(f"there is no delivery {text}; `hookd event list` shows events")
+    return event_id, int(text)
+
+
+@click.command()
+@options
+@click.pass_obj
+def status(invocation: Invocation) -> None:
+    """How the daemons and the queue are doing; it asks PostgreSQL only, so it works from anywhere."""
+    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+
+    now = with_connection(invocation, lambda c, _: history.status(c))
+    if invocation.json:
+        print_json({"daemons": now.nodes, "queue": now.queue})
+        return
+    queue = now.queue
+    if not now.nodes:
+        click.echo("no daemon is running; start one with `hookd run`")
+    for node in now.nodes:
+        summary = node["summary"]
+        click.echo(
+            f"{node['id']}  hookd {summary['version']}, since {shown(node['started_at'])}: {node['shards']} shards, "
+            f"{summary['in_flight']} in flight, {summary['waiting']} in memory"
+        )
+    click.echo(
+        f"queue      {_bounded(queue['fresh'])} fresh, {_bounded(queue['waiting'])} with a due time, "
+        f"{_bounded(queue['dead_letters'])} dead letters"
+        + (f"; oldest from {shown(queue['oldest_at'])}" if queue["oldest_at"] else "")
+    )
+    click.echo(
+        f"endpoints  {queue['active']} active, {queue['paused']} paused, {queue['disabled']} disabled, "
+        f"{queue['failing']} failing"
+    )
+    lanes = [lane for node in now.nodes for lane in node["summary"]["lanes"]]
+    if lanes:
+        click.echo()
+        print_table(
+            [
+                (e["host"], e["waiting"], e["in_flight"], e["concurrency"], e["rate"] or None, e["why"])
+                for e in lanes[:30]
+            ],
+            ("lane", "waiting", "in flight", "limit", "rate", "waits for"),
+            "",
+        )
+
+
+def _bounded(count: int) -> str:
+    return "more than 10,000" if count > 10_000 else str(count)
+
+
+@click.command()
+@options
+@click.pass_obj
+def health(invocation: Invocation) -> None:
+    """Ask the daemon at admin.listen whether it is ready; exit status 0 or 1.  For containers without curl."""
+    address = load(invocation.config_file).config.admin_address()
+    if address is None:
+        raise Failed("admin.listen is off, so nobody can be asked")
+    host, port = address
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/readyz"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own address
+            said = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise Failed(f"not ready: {error.read(200).decode('utf-8', 'replace').strip()}") from None
+    except (OSError, ValueError) as error:
+        raise Failed(f"no daemon answers at {url}: {error}") from None
+    print_json(said) if invocation.json else click.echo("ready")

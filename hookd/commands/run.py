@@ -1,0 +1,144 @@
+"""``hookd run``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import structlog
+import uvloop
+
+from hookd import __version__
+from hookd.admin.server import AdminServer
+from hookd.commands.session import Failed, bring_up_to_date, database_of, options
+from hookd.config import ConfigInvalid, load
+from hookd.daemon import Daemon
+from hookd.logs import configure
+from hookd.net.exchange import check_parts
+from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from hookd.commands import Invocation
+    from hookd.config import Config
+    from hookd.postgres.connect import Database
+
+log = structlog.get_logger("hookd")
+
+START_RETRY_S = 2.0
+
+DESCRIPTORS_LEAST = 1024
+
+
+@click.command()
+@options
+@click.pass_obj
+def run(invocation: Invocation) -> None:
+    """
+    The daemon: deliver until told to stop.
+
+    SIGTERM and SIGINT stop it: no new exchange starts, those in flight get delivery.drain, everything is written; a second
+    signal stops at once.  SIGHUP reads the configuration again.
+    """
+    loaded = load(invocation.config_file)
+    config = loaded.config
+    configure(config.log)
+    problems = check_parts()
+    if problems:
+        raise Failed("; ".join(problems))
+    _raise_descriptors(config)
+    with database_of(config) as database:
+        if config.database.dsn == "embedded":
+            log.warning(
+                "embedded PostgreSQL is for trying out, not for production", server=database.described
+            )
+        status = uvloop.run(_serve(invocation, config, database))
+    sys.exit(status)
+
+
+async def _serve(invocation: Invocation, config: Config, database: Database) -> int:
+    stopped = asyncio.create_task(_prepare(database, config))
+    await stopped
+
+    def reload() -> Config | None:
+        try:
+            fresh = load(invocation.config_file).config
+        except ConfigInvalid as error:
+            log.error(
+                "configuration not applied: it is wrong, the old one stays",
+                mistakes=[str(m) for m in error.mistakes],
+            )
+            return None
+        configure(fresh.log)
+        return fresh
+
+    daemon = Daemon(config, database, reload)
+    async with contextlib.AsyncExitStack() as stack:
+        admin = AdminServer(daemon, database)
+        listening = await admin.start()
+        stack.push_async_callback(admin.stop)
+        ready = asyncio.create_task(_say_ready(daemon, listening))
+        stack.callback(ready.cancel)
+        status = await daemon.run()
+        _notify("STOPPING=1")
+    return status
+
+
+async def _prepare(database: Database, config: Config) -> None:
+    """Reach the database and bring its schema up to date; waits for a server that is away."""
+    waiting = False
+    while True:
+        try:
+            connection = await database.connect("start")
+            try:
+                applied = await bring_up_to_date(connection, config)
+            finally:
+                connection.terminate()
+        except DatabaseUnavailable as error:
+            if not waiting:
+                log.error("database cannot be reached; trying again until it can", problem=str(error))
+                waiting = True
+            await asyncio.sleep(START_RETRY_S)
+            continue
+        except DatabaseRefused as error:
+            raise Failed(str(error)) from None
+        if applied:
+            log.info("schema migrated", applied=applied)
+        return
+
+
+async def _say_ready(daemon: Daemon, listening: str | None) -> None:
+    await daemon.ready.wait()
+    shards = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
+    log.info("ready", version=__version__, shards=shards, admin=listening or "off", pid=os.getpid())
+    _notify("READY=1")
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, where it asks (sd_notify(3))."""
+    import socket  # noqa: PLC0415 - rarely needed
+
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _raise_descriptors(config: Config) -> None:
+    """Use all descriptors that the system allows: one a connection, idle ones too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * config.delivery.max_in_flight + DESCRIPTORS_LEAST
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+    if soft != resource.RLIM_INFINITY and soft < config.delivery.max_in_flight + 64:
+        log.warning(
+            "fewer file descriptors than delivery.max_in_flight needs", descriptors=soft, needed=wanted
+        )
