@@ -75,6 +75,9 @@ REFILL_MOST = 2000
 
 EVENTS_AT_ONCE = 500
 
+ROUNDING = datetime.timedelta(milliseconds=1)
+"""A due time as a float is not exact to the microsecond."""
+
 LONG_AGO = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -147,7 +150,7 @@ class Feed:
         self._remembered: set[DeliveryId] = set()
         """Settled while a read was under way that may still show them."""
         self._reading = False
-        self._dues_meanwhile: list[tuple[EndpointKey, float]] = []
+        self._rescheduled_meanwhile: list[tuple[Delivery, float]] = []
         self._backlogs: dict[EndpointKey, Backlog] = {}
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         """As last read; the dispatcher may know of a failure that is not written yet."""
@@ -215,14 +218,12 @@ class Feed:
             self._forget(delivery.id)
             if delivery.order_key is not None:
                 self._heads_settled[delivery.endpoint, delivery.order_key] = None
-        for delivery, due in rescheduled:
+        for delivery, due_at in rescheduled:
             self._forget(delivery.id)
-            # what an ended endpoint is owed is not waited for
-            due_at = 0.0 if self._ended(delivery.endpoint) else due
             if self._reading:
-                self._dues_meanwhile.append((delivery.endpoint, due_at))
+                self._rescheduled_meanwhile.append((delivery, due_at))
             else:
-                self._due(delivery.endpoint, due_at)
+                self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery.id)
         if self._heads_settled or self._hungry or self._dues or self._due_now:
@@ -310,7 +311,7 @@ class Feed:
             self._endpoints_since = self._since
             self._db_offset = db_now - self._clock.mono()
         fresh, due = await self._reads.recover()
-        await self._serve_unknown({*fresh, *(key for key, _ in due)})
+        await self._know({*fresh, *(key for key, _ in due)})
         moved: set[EndpointKey] = set()
         for key in fresh:
             if self._ours(key, moved):
@@ -380,17 +381,31 @@ class Feed:
         if endpoint.rotates_until is not None:
             heapq.heappush(self._rotations, (endpoint.rotates_until, endpoint.key))
 
-    async def _serve_unknown(self, keys: Iterable[EndpointKey]) -> None:
-        unknown = [key for key in keys if self._line.served(key) is None]
-        if unknown:
-            for endpoint in await self._reads.endpoints(unknown):
+    async def _know(self, keys: Iterable[EndpointKey]) -> None:
+        """
+        Know the endpoints of rows that were just read, as of that read or later.
+
+        One that was disabled or removed when it was read last is read again: the transaction that resumed it may have
+        queued what it missed, and its rows must not end for a state that is over.
+        """
+        wanted = {key for key in keys if self._line.served(key) is None or self._over(key)}
+        if not wanted:
+            return
+        for endpoint in await self._reads.endpoints(list(wanted)):
+            if self._line.served(endpoint.key) is None:
                 self._serve(endpoint)
-            for key in unknown:
-                if self._line.served(key) is None:
-                    # deleted behind our back: its deliveries end as cancelled
-                    self._serve(
-                        Endpoint(key, UUID(int=0), "", "", "", min(self.shards), state=EndpointState.REMOVED)
-                    )
+            else:
+                await self._endpoint_changed(endpoint)
+        for key in wanted:
+            if self._line.served(key) is None:
+                # deleted behind our back: its deliveries end as cancelled
+                self._serve(
+                    Endpoint(key, UUID(int=0), "", "", "", min(self.shards), state=EndpointState.REMOVED)
+                )
+
+    def _over(self, key: EndpointKey) -> bool:
+        read = self._endpoints.get(key)
+        return read is not None and read.state in (EndpointState.DISABLED, EndpointState.REMOVED)
 
     # Reads.
 
@@ -400,18 +415,20 @@ class Feed:
         arrivals = await self._reads.arrivals(self._since, self.shards, self._window)
         self._since = arrivals.snapshot
         self._db_offset = arrivals.db_now - self._clock.mono()
-        await self._serve_unknown({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
-        taken: list[Row] = []
+        await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
         moved: set[EndpointKey] = set()
         room: Counter[EndpointKey] = Counter()
-        for row in sorted(arrivals.rows):
-            if row.shard in self.shards and self._ours(row.endpoint, moved) and self._hold_arrival(row, room):
-                taken.append(row)
+        taken = [
+            row
+            for row in sorted(arrivals.rows)
+            if row.shard in self.shards and self._ours(row.endpoint, moved) and self._hold_arrival(row, room)
+        ]
         for place in arrivals.places:
             if self._ours(place.endpoint, moved):
                 if place.first_id is not None:
                     self._lower_place(place.endpoint, place.first_id - 1)
                 if place.first_due is not None:
+                    self._lower_due_place(place.endpoint, place.first_due)
                     self._due(place.endpoint, place.first_due)
         self._taken_in()
         await self._admit(taken)
@@ -421,34 +438,46 @@ class Feed:
 
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
-        if row.id in self.known or row.id in self._remembered:
-            return False
         state = self._state(row.endpoint)
-        if state is EndpointState.PAUSED:
+        if (
+            row.id in self.known
+            or row.id in self._remembered
+            or state is EndpointState.PAUSED
+            or (row.blocked and state is EndpointState.ACTIVE)
+            or not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room))
+        ):
             return False
-        if row.blocked and state is EndpointState.ACTIVE:
+        self.known.add(row.id)
+        room[row.endpoint] += 1
+        return True
+
+    def _hold_due(self, row: Row, room: Counter[EndpointKey]) -> bool:
+        assert row.due_at is not None
+        due_at = row.due_at.timestamp()
+        if due_at > self.db_now():
+            self._due(row.endpoint, due_at)
             return False
-        backlog = self._backlog(row.endpoint)
-        if row.due_at is not None:
-            due_at = row.due_at.timestamp()
-            if due_at > self.db_now():
-                self._due(row.endpoint, due_at)
-                return False
-            if not self._has_room(row.endpoint, room):
-                backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
-                self._due(row.endpoint, 0.0)
-                return False
-        elif backlog.place is not None and row.id > backlog.place:
+        if not self._has_room(row.endpoint, room):
+            backlog = self._backlog(row.endpoint)
+            backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
+            self._due(row.endpoint, 0.0)
             return False
-        elif not self._has_room(row.endpoint, room):
+        return True
+
+    def _hold_fresh(self, row: Row, room: Counter[EndpointKey]) -> bool:
+        place = self._backlog(row.endpoint).place
+        if place is not None and row.id > place:
+            return False
+        if not self._has_room(row.endpoint, room):
             self._lower_place(row.endpoint, row.id - 1)
             return False
-        return self._take(row, room)
+        return True
 
     async def _read_successors(self) -> bool:
         keys, self._heads_settled = list(self._heads_settled), {}
         self._reading = True
         rows = await self._reads.successors(keys)
+        await self._know({row.endpoint for row in rows})
         taken = []
         for row in rows:
             if (
@@ -467,43 +496,25 @@ class Feed:
         return bool(taken)
 
     async def _refill_due(self) -> bool:
-        now = self.db_now()
-        while self._dues and self._dues[0][0] <= now:
-            due_at, key = heapq.heappop(self._dues)
-            if self._backlog(key).next_due == due_at:
-                self._due_now[key] = None
-        if not self._due_now or self._line.backed_up():
-            return False
-        room: Counter[EndpointKey] = Counter()
-        demands = []
-        total = 0
-        for key in list(self._due_now):
-            want = self._wanted(key, room)
-            if want > 0 and self._state(key) is not EndpointState.PAUSED:
-                demands.append((key, *self._backlog(key).due_place, want, self._ended(key)))
-                total += want
-                del self._due_now[key]
-                if total >= REFILL_MOST:
-                    break
-            elif self._state(key) is EndpointState.PAUSED:
-                del self._due_now[key]
+        demands = self._demand_due()
         if not demands:
             return False
         for key, *_ in demands:
             self._backlog(key).next_due = None
         self._reading = True
         rows = await self._reads.refill_due(demands)
+        await self._know({row.endpoint for row in rows})
         taken: list[Row] = []
         counts: Counter[EndpointKey] = Counter()
         for row in rows:
-            backlog = self._backlog(row.endpoint)
             assert row.due_at is not None
             if row.later:
                 self._due(row.endpoint, row.due_at.timestamp())
                 continue
             counts[row.endpoint] += 1
+            backlog = self._backlog(row.endpoint)
             backlog.due_place = max(backlog.due_place, (row.due_at, row.id))
-            if self._takes(row) and self._take(row, room):
+            if self._takes(row):
                 taken.append(row)
         for key, _, _, want, _ in demands:
             if counts[key] >= want:
@@ -513,36 +524,43 @@ class Feed:
         await self._admit(taken)
         return bool(taken)
 
-    async def _refill_fresh(self) -> bool:
-        if not self._hungry or self._line.backed_up():
-            return False
-        room: Counter[EndpointKey] = Counter()
-        demands = []
+    def _demand_due(self) -> list[tuple[EndpointKey, datetime.datetime, int, int, bool]]:
+        """Whose rows have fallen due, from which place, and how many there is room for."""
+        now = self.db_now()
+        while self._dues and self._dues[0][0] <= now:
+            due_at, key = heapq.heappop(self._dues)
+            if self._backlog(key).next_due == due_at:
+                self._due_now[key] = None
+        if self._line.backed_up():
+            return []
+        demands: list[tuple[EndpointKey, datetime.datetime, int, int, bool]] = []
         total = 0
-        for key in list(self._hungry):
-            place = self._backlog(key).place
-            if place is None or self._state(key) is EndpointState.PAUSED:
-                del self._hungry[key]
+        for key in list(self._due_now):
+            if self._state(key) is EndpointState.PAUSED:
+                del self._due_now[key]
                 continue
-            want = self._wanted(key, room)
+            want = self._wanted(key)
             if want > 0:
-                demands.append((key, place, want))
+                demands.append((key, *self._backlog(key).due_place, want, self._ended(key)))
                 total += want
-                # to the back: when demands do not fit into one statement, others come first next time
-                del self._hungry[key]
-                self._hungry[key] = None
-                if total >= REFILL_MOST:
-                    break
+                del self._due_now[key]
+            if total >= REFILL_MOST:
+                break
+        return demands
+
+    async def _refill_fresh(self) -> bool:
+        demands = self._demand_fresh()
         if not demands:
             return False
         self._reading = True
         rows = await self._reads.refill_fresh(demands)
+        await self._know({row.endpoint for row in rows})
         taken: list[Row] = []
         counts: Counter[EndpointKey] = Counter()
         for row in rows:
             counts[row.endpoint] += 1
             self._backlog(row.endpoint).place = row.id
-            if self._takes(row) and self._take(row, room):
+            if self._takes(row):
                 taken.append(row)
         for key, _, want in demands:
             if counts[key] < want:
@@ -552,23 +570,44 @@ class Feed:
         await self._admit(taken)
         return bool(rows)
 
+    def _demand_fresh(self) -> list[tuple[EndpointKey, int, int]]:
+        """Who has fresh rows behind a place, and how many there is room for."""
+        if self._line.backed_up():
+            return []
+        demands: list[tuple[EndpointKey, int, int]] = []
+        total = 0
+        for key in list(self._hungry):
+            place = self._backlog(key).place
+            if place is None or self._state(key) is EndpointState.PAUSED:
+                del self._hungry[key]
+                continue
+            want = self._wanted(key)
+            if want > 0:
+                demands.append((key, place, want))
+                total += want
+                # to the back: when demands do not fit into one statement, others come first next time
+                del self._hungry[key]
+                self._hungry[key] = None
+            if total >= REFILL_MOST:
+                break
+        return demands
+
     def _takes(self, row: Row) -> bool:
+        """Whether a row that a refill brought goes into memory; if so it is known from now on."""
         if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
             return False
-        return not row.blocked or self._state(row.endpoint) is not EndpointState.ACTIVE
-
-    def _take(self, row: Row, room: Counter[EndpointKey]) -> bool:
+        if row.blocked and self._state(row.endpoint) is EndpointState.ACTIVE:
+            return False
         self.known.add(row.id)
-        room[row.endpoint] += 1
         return True
 
     def _taken_in(self) -> None:
         """The rows of a read have been looked at: what was settled meanwhile may be forgotten."""
         self._reading = False
         self._remembered.clear()
-        meanwhile, self._dues_meanwhile = self._dues_meanwhile, []
-        for key, due_at in meanwhile:
-            self._due(key, due_at)
+        meanwhile, self._rescheduled_meanwhile = self._rescheduled_meanwhile, []
+        for delivery, due_at in meanwhile:
+            self._due_again(delivery, due_at)
 
     async def _admit(self, rows: Sequence[Row]) -> None:
         self.arrived += len(rows)
@@ -615,11 +654,26 @@ class Feed:
         backlog.place = place if backlog.place is None else min(backlog.place, place)
         self._hungry[key] = None
 
+    def _lower_due_place(self, key: EndpointKey, due_at: float) -> None:
+        backlog = self._backlog(key)
+        at = datetime.datetime.fromtimestamp(due_at, datetime.UTC) - ROUNDING
+        backlog.due_place = min(backlog.due_place, (at, 0))
+
     def _due(self, key: EndpointKey, due_at: float) -> None:
         backlog = self._backlog(key)
         if backlog.next_due is None or due_at < backlog.next_due:
             backlog.next_due = due_at
             heapq.heappush(self._dues, (due_at, key))
+
+    def _due_again(self, delivery: Delivery, due_at: float) -> None:
+        """
+        A retry was committed.
+
+        Its due time was set before the commit: a read in between may have passed it, so the place goes back to it.
+        """
+        self._lower_due_place(delivery.endpoint, due_at)
+        # what an ended endpoint is owed is not waited for
+        self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
 
     def _forget(self, delivery_id: DeliveryId) -> None:
         self.known.discard(delivery_id)
@@ -639,8 +693,8 @@ class Feed:
             and not self._line.backed_up()
         )
 
-    def _wanted(self, key: EndpointKey, taken: Counter[EndpointKey]) -> int:
+    def _wanted(self, key: EndpointKey) -> int:
         """How many rows to ask for: none before half of the queue is gone, so that reads are worth their price."""
         bound = self._bound()
-        held = self._line.waiting(key) + taken[key]
+        held = self._line.waiting(key)
         return bound - held if held <= bound // 2 else 0

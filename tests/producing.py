@@ -20,7 +20,9 @@ async def add_endpoint(dsn: str, url: str, *, tenant: str = "default", **change:
     return secret
 
 
-async def add_endpoint_with_id(dsn: str, url: str, *, tenant: str = "default", **change: Any) -> tuple[str, Any]:
+async def add_endpoint_with_id(
+    dsn: str, url: str, *, tenant: str = "default", **change: Any
+) -> tuple[str, Any]:
     target = parse_url(url)
     assert isinstance(target, Target), target
     secret = new_secret(os.urandom(32))
@@ -39,7 +41,11 @@ async def send(dsn: str, type_: str = "thing.made", payload: str = "{}", **named
     connection = await asyncpg.connect(dsn)
     try:
         extra = "".join(f", {name} => ${n}" for n, name in enumerate(named, 3))
-        return str(await connection.fetchval(f"select hookd.send($1::text, $2::text{extra})", type_, payload, *named.values()))
+        return str(
+            await connection.fetchval(
+                f"select hookd.send($1::text, $2::text{extra})", type_, payload, *named.values()
+            )
+        )
     finally:
         await connection.close()
 

@@ -68,7 +68,9 @@ class Receiver:
         self.port = 0
 
     async def __aenter__(self) -> Receiver:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._context, backlog=1000)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port, ssl=self._context, backlog=1000
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

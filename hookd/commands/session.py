@@ -41,7 +41,7 @@ def options(command: Command) -> Command:
 
     def remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         if value:
-            setattr(ctx.ensure_object(dict), str(param.name), value)
+            setattr(ctx.obj, str(param.name), value)
 
     for name, help_text, keywords in (
         ("--json", "Print JSON.", {"is_flag": True}),

@@ -24,9 +24,7 @@ HELD_OPEN_S = 2.5
 
 
 @pytest.mark.timeout(300)
-def test_exactly_once_whatever_producers_do(
-    dsn: str, start_daemon: Callable[..., DaemonProcess]
-) -> None:
+def test_exactly_once_whatever_producers_do(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
     daemon = start_daemon()
     committed: set[str] = set()
     rolled_back: set[str] = set()
@@ -40,7 +38,11 @@ def test_exactly_once_whatever_producers_do(
                 await transaction.start()
                 if size <= 3:
                     ids = [
-                        str(await connection.fetchval("select hookd.send('n.made', $1::text)", f'{{"n": {dice.random()}}}'))
+                        str(
+                            await connection.fetchval(
+                                "select hookd.send('n.made', $1::text)", f'{{"n": {dice.random()}}}'
+                            )
+                        )
                         for _ in range(size)
                     ]
                 else:
@@ -78,7 +80,9 @@ def test_exactly_once_whatever_producers_do(
                     webhook.verify(call.body, call.headers)
                     assert call.headers["hookd-attempt"] == "1"
             connection = await asyncpg.connect(dsn)
-            states = await connection.fetch("select state, count(*) from hookd.delivery_status group by state")
+            states = await connection.fetch(
+                "select state, count(*) from hookd.delivery_status group by state"
+            )
             await connection.close()
             assert [(r["state"], r["count"]) for r in states] == [("delivered", 3 * EVENTS)]
 
