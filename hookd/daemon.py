@@ -72,6 +72,7 @@ class Tenure:
     """The parts that live as long as one session."""
 
     owner: OwnerSession
+    queue: Queue
     feed: Feed
     maintenance: Maintenance
 
@@ -234,7 +235,7 @@ class Daemon:
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())
             self._thin_key = await maintenance.thin_key()
-            self.tenure = Tenure(owner, feed, maintenance)
+            self.tenure = Tenure(owner, queue, feed, maintenance)
             if self._database_lost:
                 self._database_lost = False
                 log.info("database is back", shards=len(owner.shards))
@@ -357,6 +358,11 @@ class Daemon:
         for lane in self.lanes.snapshot(self._clock.mono()):
             states[lane.why] = states.get(lane.why, 0) + 1
         return states
+
+    def statements(self) -> dict[str, int]:
+        """SQL statements of settling and reading so far; of this tenure as far as the feed goes."""
+        feed = self.tenure.queue.statements if self.tenure is not None else 0
+        return {"owner": self.recorder.statements, "feed": feed}
 
     def _summary(self) -> str:
         lanes = sorted(self.lanes.snapshot(self._clock.mono()), key=lambda lane: -lane.waiting)

@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from hookd import __version__
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
@@ -80,7 +79,7 @@ class Telemetry:
         yield _gauge("hookd_shards_owned", "Shards whose locks this daemon holds", None, owned)
 
 
-def _counter(name: str, text: str, label: str, values: Counter[str]) -> Metric:
+def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
     for value, count in sorted(values.items()):
         family.add_metric([value], count)
