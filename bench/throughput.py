@@ -97,7 +97,7 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=(self.folder / "stderr.log").open("a"),
             text=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, core)) if core else None,
+            preexec_fn=(lambda: os.sched_setaffinity(0, core)) if core else None,  # noqa: PLW1509 - no threads here
         )
 
     def bare(self) -> dict[str, Any]:
@@ -160,7 +160,10 @@ class Bench:
         cpu = _cpu_s(process.pid)
         with urllib.request.urlopen(f"{admin}/metrics") as answer:
             statements = sum(
-                map(float, re.findall(r"^hookd_statements_total\S* (\S+)", answer.read().decode(), re.M))
+                map(
+                    float,
+                    re.findall(r"^hookd_statements_total\S* (\S+)", answer.read().decode(), re.MULTILINE),
+                )
             )
         await asyncio.sleep(1.5)  # PostgreSQL's own counters lag by a second
         commits = await _commits(connection) - commits

@@ -295,7 +295,9 @@ class _Reader:
             self._take(section, key, value, f"${name}")
 
     def built(self) -> Config:
-        return Config(**{name: kind(**self._values[name]) for name, kind in SECTIONS.items()})
+        return msgspec.structs.replace(
+            Config(), **{name: kind(**self._values[name]) for name, kind in SECTIONS.items()}
+        )
 
     def _take(self, section: str, key: str, value: Any, where: str) -> None:
         path = f"{section}.{key}"

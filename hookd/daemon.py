@@ -206,11 +206,11 @@ class Daemon:
                 self.ready.clear()
                 if not self._database_lost:
                     self._database_lost = True
-                    log.error("database lost; trying again until it is back", problem=_first(group))  # noqa: TRY400
-            except* Exception as group:  # noqa: BLE001 - a fault of ours must not end the deliveries of everybody
+                    log.error("database lost; trying again until it is back", problem=_first(group))
+            except* Exception as group:
                 delay = RECONNECT_MOST_S
                 self.ready.clear()
-                log.error("internal error; the session starts over", exc_info=group)  # noqa: TRY400
+                log.error("internal error; the session starts over", exc_info=group)
             self.dispatcher.forget_all()
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
 

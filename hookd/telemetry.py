@@ -71,8 +71,8 @@ class Telemetry:
             "hookd_settle_batch_size", "Results of one settling transaction", recorder.batch_rows
         )
         yield _histogram("hookd_settle_seconds", "One settling transaction", recorder.settle_s)
-        yield CounterMetricFamily(
-            "hookd_settle_statements", "SQL statements of settling", recorder.statements
+        yield _counter(
+            "hookd_statements", "SQL statements of settling and reading", "session", daemon.statements()
         )
         yield _gauge("hookd_unwritten", "Results that are not committed yet", None, len(recorder.unwritten()))
         owned = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0

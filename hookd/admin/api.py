@@ -64,13 +64,13 @@ class EndpointPatch(msgspec.Struct, forbid_unknown_fields=True):
 
     url: str | UnsetType = UNSET
     types: list[str] | UnsetType = UNSET
-    filter: str | None | UnsetType = UNSET
-    format: str | None | UnsetType = UNSET
+    filter: str | UnsetType | None = UNSET
+    format: str | UnsetType | None = UNSET
     ordered: bool | UnsetType = UNSET
-    rate: float | None | UnsetType = UNSET
-    concurrency: int | None | UnsetType = UNSET
-    description: str | None | UnsetType = UNSET
-    headers: dict[str, str] | None | UnsetType = UNSET
+    rate: float | UnsetType | None = UNSET
+    concurrency: int | UnsetType | None = UNSET
+    description: str | UnsetType | None = UNSET
+    headers: dict[str, str] | UnsetType | None = UNSET
 
 
 class Resume(msgspec.Struct, forbid_unknown_fields=True):
@@ -203,7 +203,7 @@ class Api:
             host=target.lane if target else None,
             headers=headers,
             clear=frozenset(n for n in CLEARABLE if getattr(patch, n) is None),
-            **{  # type: ignore[arg-type]
+            **{
                 n: getattr(patch, n)
                 for n in ("types", "ordered", *CLEARABLE)
                 if getattr(patch, n) not in (UNSET, None)

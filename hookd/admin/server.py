@@ -58,7 +58,7 @@ class AdminServer:
         self._pool = database.pool("admin", SESSIONS)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
-        self._token = b""
+        self._token = _token(daemon.config.admin.token_file)
         self._host = ""
 
     async def start(self) -> str | None:
@@ -67,8 +67,6 @@ class AdminServer:
         address = config.admin_address()
         if address is None:
             return None
-        if config.admin.token_file:
-            self._token = Path(config.admin.token_file).read_text(encoding="utf-8").strip().encode()
         self._host, port = address
         await self._pool
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
@@ -113,9 +111,9 @@ class AdminServer:
         site = request.headers.get("Sec-Fetch-Site", "same-origin")
         if site not in ("same-origin", "none"):
             return problem(403, "cross_site", "requests from other sites are refused")
-        if request.method not in ("GET", "HEAD", "DELETE") and request.can_read_body:
-            if request.content_type != "application/json":
-                return problem(415, "content_type", "send application/json")
+        writes = request.method not in ("GET", "HEAD", "DELETE") and request.can_read_body
+        if writes and request.content_type != "application/json":
+            return problem(415, "content_type", "send application/json")
         if self._token and request.path not in OPEN_PATHS:
             given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
             if not hmac.compare_digest(given, self._token):
@@ -161,3 +159,7 @@ class AdminServer:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _token(file: str) -> bytes:
+    return Path(file).read_text(encoding="utf-8").strip().encode() if file else b""

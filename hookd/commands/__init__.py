@@ -84,7 +84,7 @@ class Lazy(click.Group):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def cli(ctx: click.Context, config_file: str | None, *, as_json: bool) -> None:
-    """hookd delivers webhooks for applications that already have PostgreSQL."""
+    """Deliver webhooks, for applications that already have PostgreSQL."""
     ctx.obj = Invocation(config_file, as_json)
 
 
@@ -105,15 +105,15 @@ def main() -> None:
         status = error.exit_code
     except BrokenPipeError:
         status = 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what is not known is raised again
         status = _known(error)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _known(error: Exception) -> int:
     """Print an error that has a message of its own; others are bugs and show where they are."""
-    from hookd.config import ConfigInvalid  # noqa: PLC0415 - only when something failed
     from hookd.commands.session import Failed  # noqa: PLC0415
+    from hookd.config import ConfigInvalid  # noqa: PLC0415 - only when something failed
 
     if isinstance(error, ConfigInvalid):
         sys.stderr.writelines(f"{mistake}\n" for mistake in error.mistakes)

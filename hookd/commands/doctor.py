@@ -80,7 +80,7 @@ def _here(config: Config) -> list[Finding]:
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.delivery.max_in_flight + 64
-    enough = hard in (resource.RLIM_INFINITY,) or hard >= needed
+    enough = hard == resource.RLIM_INFINITY or hard >= needed
     findings.append(
         Finding(
             "file descriptors",

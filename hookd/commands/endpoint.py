@@ -111,7 +111,7 @@ async def _judged(url: str, config: Config) -> Any:
 @_settings
 @options
 @click.pass_obj
-def add(invocation: Invocation, url: str, tenant: str, **given: Any) -> None:
+def add(invocation: Invocation, /, url: str, tenant: str, **given: Any) -> None:
     """
     Register URL, and print its id and its secret: this once.
 
@@ -197,7 +197,7 @@ def show(invocation: Invocation, endpoint_id: str) -> None:
 @options
 @click.pass_obj
 def update(
-    invocation: Invocation, endpoint_id: str, url: str | None, clear: tuple[str, ...], **given: Any
+    invocation: Invocation, /, endpoint_id: str, url: str | None, clear: tuple[str, ...], **given: Any
 ) -> None:
     """Change what is given, and leave the rest.  --type and --header replace all that were there."""
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help

@@ -68,7 +68,7 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         try:
             fresh = load(invocation.config_file).config
         except ConfigInvalid as error:
-            log.error(
+            log.exception(
                 "configuration not applied: it is wrong, the old one stays",
                 mistakes=[str(m) for m in error.mistakes],
             )
@@ -100,7 +100,7 @@ async def _prepare(database: Database, config: Config) -> None:
                 connection.terminate()
         except DatabaseUnavailable as error:
             if not waiting:
-                log.error("database cannot be reached; trying again until it can", problem=str(error))
+                log.exception("database cannot be reached; trying again until it can", problem=str(error))
                 waiting = True
             await asyncio.sleep(START_RETRY_S)
             continue

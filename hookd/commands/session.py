@@ -54,7 +54,7 @@ def options(command: Command) -> Command:
             help=help_text,
             expose_value=False,
             callback=remember,
-            **keywords,  # type: ignore[arg-type]
+            **keywords,
         )(command)
     return command
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hookd.core.bodies import ThinLink, body, content_type
-from hookd.core.model import BodyFormat
 from hookd.core.request import InvalidRequest, Request, attempt_lines, prepare_head
 from hookd.core.signing import parse_secret, sign
 from hookd.core.urls import UrlProblem, parse_url
 
 if TYPE_CHECKING:
-    from hookd.core.model import Delivery, Endpoint
+    from hookd.core.model import BodyFormat, Delivery, Endpoint
 
 
 @dataclass(frozen=True, slots=True)

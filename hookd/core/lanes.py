@@ -190,7 +190,7 @@ class Lanes:
         )
         if queue.gate is not None:
             queue.gate.finished(now, started_mono=started_mono, slower=False, success=success, hold_s=0.0)
-            if queue.blocked and queue.gate.permitted_at(now) <= now:
+            if queue.blocked and queue.gate.permitted_at() <= now:
                 self._unblock(queue)
         lane.used_mono = now
         if lane.waiting:
@@ -300,7 +300,7 @@ class Lanes:
             return "idle"
         if lane.gate.hold_until > now:
             return "hold"
-        if lane.gate.permitted_at(now) > now:
+        if lane.gate.permitted_at() > now:
             return "rate"
         if not self._has_slot(lane):
             return "concurrency"
@@ -340,7 +340,7 @@ class Lanes:
         gate = lane.gate
         if not self._has_slot(lane):
             return None
-        at = gate.permitted_at(now)
+        at = gate.permitted_at()
         if at > now:
             if lane.waiting:
                 lane.alarm = at
@@ -375,7 +375,7 @@ class Lanes:
     def _block(self, queue: _Queue, now: float) -> bool:
         """Take a queue out of its lane's rings if the endpoint's own limits say wait."""
         assert queue.gate is not None
-        at = queue.gate.permitted_at(now)
+        at = queue.gate.permitted_at()
         if at <= now and queue.gate.has_slot():
             return False
         if queue.fresh:

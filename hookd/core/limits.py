@@ -65,7 +65,7 @@ class HostGate:
         start = self.cap if self.cap is not NEVER else UNCAPPED_START
         self.limit = start if was_at_cap else max(1.0, min(self.limit, self.cap))
 
-    def permitted_at(self, now: float) -> float:
+    def permitted_at(self) -> float:
         """When the next start is permitted by rate and hold: ``now`` or earlier means at once."""
         earliest = self._tat - self._tolerance if self._interval else 0.0
         return max(earliest, self.hold_until)

@@ -51,9 +51,9 @@ LOCALHOST = ("localhost", "ip6-localhost", "ip6-loopback")
 
 URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<query>\?[^#]*)?(?P<fragment>#.*)?",
-    re.S,
+    re.DOTALL,
 )
-AUTHORITY = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>.*))?", re.S)
+AUTHORITY = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>.*))?", re.DOTALL)
 LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_\-]{0,61}[a-z0-9_])?")
 NUMERIC_LABEL = re.compile(r"\d+|0[xX][0-9A-Fa-f]*")
 PCHAR = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?|\[\]{}^`\\\"<>]|%[0-9A-Fa-f]{2})*")
@@ -166,18 +166,22 @@ def _host(text: str) -> tuple[str, ipaddress.IPv4Address | None]:
         if ip is None or str(ip) != host or text != host:
             raise _Refused("the host looks like an IPv4 address but is not written as four decimal numbers")
         return host, ip
+    _check_name(host, labels)
+    return host, None
+
+
+def _check_name(host: str, labels: list[str]) -> None:
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
         raise _Refused("the host is not a valid name")
     for label in labels:
         if label.startswith("xn--"):
             _check_a_label(label)
     if host in LOCALHOST or host.endswith(".localhost"):
-        return host, None
+        return
     if len(labels) == 1:
         raise _Refused("the host has a single label; write its full name")
     if host.endswith(tuple("." + suffix for suffix in PRIVATE_SUFFIXES)):
         raise _Refused("the host is a private name, which the public DNS does not have")
-    return host, None
 
 
 def _to_ascii(text: str) -> str:

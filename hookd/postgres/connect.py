@@ -100,7 +100,7 @@ class Database:
             DatabaseRefused: it can be, but not like this.
         """
         try:
-            connection = await asyncpg.connect(**self._arguments(purpose))
+            connection: asyncpg.Connection = await asyncpg.connect(**self._arguments(purpose))
         except ssl.SSLError as error:
             raise DatabaseRefused(f"TLS with {self.described} failed: {_first_line(error)}") from None
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:

@@ -29,7 +29,7 @@ import pwd
 import re
 import secrets
 import shutil
-import subprocess  # noqa: S404 - runs PostgreSQL's own programs
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +187,8 @@ class EmbeddedServer:
         password = self.home / "password"
         with contextlib.suppress(FileNotFoundError):
             password.unlink()
-        with open(
-            os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
-        ) as file:  # noqa: PTH123
+        descriptor = os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_urlsafe(24) + "\n")
         self._give(password)
         locale = ["--locale=C"]
@@ -288,9 +287,9 @@ def _binaries(folder: Path, origin: str) -> Binaries | None:
     if not all((folder / name).is_file() for name in ("initdb", "pg_ctl", "postgres")):
         return None
     try:
-        said = subprocess.run(
+        said = subprocess.run(  # noqa: S603 - the folder is the operator's
             [folder / "postgres", "--version"], capture_output=True, text=True, check=True, timeout=10
-        )  # noqa: S603
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     match = re.search(r"(\d+)(?:\.\d+)?", said.stdout)

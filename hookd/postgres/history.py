@@ -159,7 +159,7 @@ async def events(
 ) -> list[dict[str, Any]]:
     """Events, newest first; ``before`` is the last id of the page before."""
     rows = await connection.fetch(EVENTS, tenant, type_pattern, before, since, until, limit)
-    return [plain(r) for r in rows]
+    return [plain(dict(r)) for r in rows]
 
 
 async def event(connection: asyncpg.Connection, event_id: UUID) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ async def event(connection: asyncpg.Connection, event_id: UUID) -> dict[str, Any
     row = await connection.fetchrow(EVENT, event_id)
     if row is None:
         return None
-    return plain(row) | {"deliveries": await deliveries(connection, event_id)}
+    return plain(dict(row)) | {"deliveries": await deliveries(connection, event_id)}
 
 
 async def deliveries(connection: asyncpg.Connection, event_id: UUID) -> list[dict[str, Any]]:
@@ -206,10 +206,13 @@ class Status:
 
 async def status(connection: asyncpg.Connection) -> Status:
     """What the daemons said within the last seconds, and the queue's size."""
-    nodes = []
-    for row in await connection.fetch(NODES):
-        nodes.append(dict(row) | {"summary": json.loads(row["summary"])})
-    return Status(nodes, dict(await connection.fetchrow(QUEUE)))
+    queue = await connection.fetchrow(QUEUE)
+    assert queue is not None
+    return Status(await _nodes(connection), dict(queue))
+
+
+async def _nodes(connection: asyncpg.Connection) -> list[dict[str, Any]]:
+    return [dict(n) | {"summary": json.loads(n["summary"])} for n in await connection.fetch(NODES)]
 
 
 async def count_replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> int:
@@ -232,6 +235,7 @@ async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any], s
             row = await connection.fetchrow(
                 REPLAY, [r["event_id"] for r in part], [r["endpoint_id"] for r in part]
             )
+            assert row is not None
             if row["shards"]:
                 await connection.execute("select hookd.wake($1)", row["shards"])
         queued += row["queued"]
@@ -253,13 +257,13 @@ async def explain(
     connection: asyncpg.Connection, event_id: UUID, delivery_id: int | None = None
 ) -> list[dict[str, Any]]:
     """Why each delivery of an event is where it is: a dictionary each, with a sentence under ``because``."""
-    nodes = [dict(r) | {"summary": json.loads(r["summary"])} for r in await connection.fetch(NODES)]
+    nodes = await _nodes(connection)
     explained = []
-    pending = {r["id"]: r for r in await connection.fetch(PENDING, event_id, delivery_id)}
+    pending = {r["id"]: dict(r) for r in await connection.fetch(PENDING, event_id, delivery_id)}
     for row in pending.values():
         state = "pending" if row["attempt"] == 0 else "retrying"
         explained.append(_about(row, state, row["attempt"], why_pending(row, nodes)))
-    for row in await connection.fetch(DELIVERIES, event_id):
+    for row in await deliveries(connection, event_id):
         if row["delivery_id"] in pending or row["state"] in ("pending", "retrying"):
             continue
         if delivery_id is not None and row["delivery_id"] != delivery_id:

@@ -186,7 +186,8 @@ class OwnerSession:
             DatabaseUnavailable: nothing is known to be written; settle the same batch again on the next session.
             BadBatch: PostgreSQL refused the data.
         """
-        return await self._run(self._settle, results, timeout=None)
+        settled: Settled = await self._run(self._settle, results, timeout=None)
+        return settled
 
     async def close(self) -> None:
         """Give up the locks by ending the session."""

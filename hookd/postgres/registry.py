@@ -12,13 +12,13 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import asyncpg
 
 if TYPE_CHECKING:
     import datetime
     from collections.abc import Mapping, Sequence
+    from uuid import UUID
 
     from hookd.core.model import Secret
 
@@ -66,9 +66,9 @@ update hookd.endpoint
 returning key
 """
 
-INSERT_SECRET = """
+ADD_SECRET = """
 insert into hookd.endpoint_secret (endpoint, purpose, value) values ($1, $2, $3)
-"""
+"""  # noqa: S105 - SQL
 
 DELETE_HEADERS = "delete from hookd.endpoint_secret where endpoint = $1 and purpose = 'headers'"
 
@@ -190,6 +190,13 @@ def check_types(types: Sequence[str]) -> None:
             raise NotPossible(f"{pattern!r} is no event type pattern; write user.created, user.* or *")
 
 
+async def _one(connection: asyncpg.Connection, statement: str, *args: Any) -> asyncpg.Record:
+    """The row of a statement that always has one."""
+    row = await connection.fetchrow(statement, *args)
+    assert row is not None
+    return row
+
+
 async def add(
     connection: asyncpg.Connection, tenant: str, change: EndpointChange, secret: Secret
 ) -> EndpointRecord:
@@ -202,7 +209,8 @@ async def add(
     check_types(change.types or ["*"])
     with refusals():
         async with connection.transaction():
-            row = await connection.fetchrow(
+            row = await _one(
+                connection,
                 INSERT,
                 tenant,
                 change.url,
@@ -215,11 +223,9 @@ async def add(
                 change.concurrency,
                 change.description,
             )
-            await connection.execute(INSERT_SECRET, row["key"], "signing", secret.reveal())
+            await connection.execute(ADD_SECRET, row["key"], "signing", secret.reveal())
             if change.headers:
-                await connection.execute(
-                    INSERT_SECRET, row["key"], "headers", json.dumps(dict(change.headers))
-                )
+                await connection.execute(ADD_SECRET, row["key"], "headers", json.dumps(dict(change.headers)))
     return await show(connection, row["id"])
 
 
@@ -281,7 +287,7 @@ async def update(connection: asyncpg.Connection, endpoint_id: UUID, change: Endp
             if key is not None and change.headers is not None:
                 await connection.execute(DELETE_HEADERS, key)
                 if change.headers:
-                    await connection.execute(INSERT_SECRET, key, "headers", json.dumps(dict(change.headers)))
+                    await connection.execute(ADD_SECRET, key, "headers", json.dumps(dict(change.headers)))
                 await connection.execute(TOUCH, key)
     return await show(connection, endpoint_id)
 
@@ -314,8 +320,8 @@ async def resume(
         record = await _set_state(connection, endpoint_id, "active", None, ["active", "paused", "disabled"])
         queued = 0
         if before.state == "disabled" and missed != "none":
-            row = await connection.fetchrow(
-                MISSED, endpoint_id, before.state_at, 1 if missed == "latest" else 2_000_000_000
+            row = await _one(
+                connection, MISSED, endpoint_id, before.state_at, 1 if missed == "latest" else 2_000_000_000
             )
             queued = row["queued"]
             if row["shards"]:
@@ -331,7 +337,7 @@ async def rotate(
     async with connection.transaction():
         await connection.execute(PURGE_SECRETS, record.key)
         await connection.execute(EXPIRE_SECRETS, record.key, overlap_s)
-        await connection.execute(INSERT_SECRET, record.key, "signing", secret.reveal())
+        await connection.execute(ADD_SECRET, record.key, "signing", secret.reveal())
         await connection.execute(TOUCH, record.key)
     return await show(connection, endpoint_id)
 
@@ -359,9 +365,9 @@ class refusals:  # noqa: N801 - reads as a context
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: Any) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, asyncpg.CheckViolationError):
-            raise NotPossible(self.MESSAGES.get(error.constraint_name, str(error))) from error
+            raise NotPossible(self.MESSAGES.get(error.constraint_name or "", str(error))) from error
         if isinstance(
             error, asyncpg.PostgresSyntaxError | asyncpg.InvalidTextRepresentationError | asyncpg.DataError
         ):
