@@ -118,7 +118,7 @@ select s.event_id, s.endpoint_id
  order by s.event_id
 """
 
-COUNT_REPLAYABLE = f"select count(*) from ({REPLAYABLE}) r"  # noqa: S608 - both are constants
+COUNT_REPLAYABLE = f"select count(*) from ({REPLAYABLE}) r"
 
 REPLAY = """
 with queued as (

@@ -1,0 +1,479 @@
+"""The SQL surface, on real PostgreSQL: what a producer may rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import time
+from typing import Any
+
+import asyncpg
+import pytest
+
+from hookd.postgres.migrate import SchemaMismatch, migrate, migrations, pending
+from tests.conftest import run_sql
+from tests.producing import add_endpoint, add_endpoint_with_id, fetch, send
+
+
+def on(dsn: str, *statements: str) -> list[list[asyncpg.Record]]:
+    """Run statements in one session, each in its own transaction."""
+
+    async def go() -> list[list[asyncpg.Record]]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return [await connection.fetch(statement) for statement in statements]
+        finally:
+            await connection.close()
+
+    return asyncio.run(go())
+
+
+def endpoints(dsn: str, *urls: str, **change: Any) -> None:
+    for url in urls:
+        asyncio.run(add_endpoint(dsn, url, **change))
+
+
+# Migrations.
+
+
+def test_migrate_twice_is_a_no_op(empty_dsn: str) -> None:
+    async def go() -> None:
+        connection = await asyncpg.connect(empty_dsn)
+        assert len(await pending(connection)) == len(migrations())
+        assert await migrate(connection) == migrations()
+        assert await migrate(connection) == []
+        await connection.close()
+
+    asyncio.run(go())
+
+
+def test_several_that_migrate_at_once_do_it_once(empty_dsn: str) -> None:
+    async def one() -> int:
+        connection = await asyncpg.connect(empty_dsn)
+        applied = await migrate(connection)
+        await connection.close()
+        return len(applied)
+
+    async def go() -> list[int]:
+        return list(await asyncio.gather(*(one() for _ in range(4))))
+
+    assert sorted(asyncio.run(go())) == [0, 0, 0, len(migrations())]
+
+
+def test_an_older_hookd_refuses_a_newer_schema(dsn: str) -> None:
+    run_sql(dsn, "insert into hookd.migration (version, name, checksum) values (9999, 'later', 'x')")
+
+    async def go() -> None:
+        connection = await asyncpg.connect(dsn)
+        with pytest.raises(SchemaMismatch, match="newer than this hookd"):
+            await migrate(connection)
+        await connection.close()
+
+    asyncio.run(go())
+
+
+def test_a_migration_that_was_edited_is_refused(dsn: str) -> None:
+    run_sql(dsn, "update hookd.migration set checksum = 'other' where version = 1")
+
+    async def go() -> None:
+        connection = await asyncpg.connect(dsn)
+        with pytest.raises(SchemaMismatch, match="differs"):
+            await migrate(connection)
+        await connection.close()
+
+    asyncio.run(go())
+
+
+def test_everything_has_a_comment(dsn: str) -> None:
+    (missing,) = on(
+        dsn,
+        """select c.relname::text as name from pg_class c
+            where c.relnamespace = 'hookd'::regnamespace and c.relkind in ('r', 'p', 'v') and not c.relispartition
+              and obj_description(c.oid, 'pg_class') is null""",
+    )
+    assert [r["name"] for r in missing] == []
+
+
+def test_no_superuser_is_needed(server_dsn: str, empty_dsn: str) -> None:
+    from urllib.parse import urlsplit
+
+    name = urlsplit(empty_dsn).path.lstrip("/")
+    role = f"owner_{name}"
+    run_sql(empty_dsn, f"create role {role} login password 'x' createrole", f'grant create on database "{name}" to {role}')
+
+    async def go() -> None:
+        connection = await asyncpg.connect(empty_dsn, user=role, password="x")
+        await migrate(connection)
+        assert await connection.fetchval("select hookd.send('a.b', '{}'::text)")
+        await connection.close()
+
+    asyncio.run(go())
+    run_sql(empty_dsn, f"drop owned by {role} cascade", f"drop role {role}")
+
+
+# Sending.
+
+
+def test_the_bytes_of_a_payload_are_kept(dsn: str) -> None:
+    odd = '{ "b":1.000,\n"a": 12345678901234567890123, "b": 2}'
+    event = asyncio.run(send(dsn, payload=odd))
+    (rows,) = on(dsn, f"select payload from hookd.event where id = '{event}'")
+    assert rows[0]["payload"] == odd
+
+
+@pytest.mark.parametrize(
+    ("call", "stored"),
+    [
+        ("""hookd.send('a', '{"x": 1}')""", '{"x": 1}'),
+        ("""hookd.send('a', '{"x":  1}'::json)""", '{"x":  1}'),
+        ("""hookd.send('a', '{"x":  1}'::jsonb)""", '{"x": 1}'),
+        ("hookd.send('a', json_build_object('x', 1))", '{"x" : 1}'),
+        ("hookd.send('a', 'null')", "null"),
+    ],
+)
+def test_all_overloads(dsn: str, call: str, stored: str) -> None:
+    (rows, events) = on(dsn, f"select {call} as id", "select id, payload from hookd.event")
+    assert events[0]["id"] == rows[0]["id"]
+    assert events[0]["payload"] == stored
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("select hookd.send('a', 'hello')", "payload of an event must be JSON"),
+        ("select hookd.send('a', null::text)", "must not be NULL"),
+        ("insert into hookd.event (type, payload) values ('a', '{')", "payload of an event must be JSON"),
+        ("select hookd.send('has blank', '{}')", "event_type"),
+        ("select hookd.send('a', '{}', deliver_at => now() + interval '90 days')", "deliver_at is later"),
+        ("select hookd.send('a', '{}', headers => '[1]')", "event_headers"),
+    ],
+)
+def test_bad_events_are_refused_with_their_own_message(dsn: str, statement: str, message: str) -> None:
+    with pytest.raises(asyncpg.PostgresError, match=message):
+        on(dsn, statement)
+
+
+def test_idempotency(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    first, again, other = on(
+        dsn,
+        "select hookd.send('a', '{}', idempotency_key => 'k') as id",
+        "select hookd.send('a', '{\"other\": 1}', idempotency_key => 'k') as id",
+        "select hookd.send('a', '{}', tenant => 'other', idempotency_key => 'k') as id",
+    )
+    assert first[0]["id"] == again[0]["id"] != other[0]["id"]
+    (count,) = on(dsn, "select count(*) from hookd.delivery")
+    assert count[0]["count"] == 1
+    (bulk,) = on(
+        dsn,
+        """insert into hookd.event (type, payload, idempotency_key)
+           select 'a', '{}', 'k' || n % 3 from generate_series(1, 9) n returning id""",
+    )
+    assert len(bulk) == 3
+
+
+def test_idempotency_under_concurrency(dsn: str) -> None:
+    async def go() -> set[str]:
+        return set(await asyncio.gather(*(send(dsn, idempotency_key="same") for _ in range(20))))
+
+    assert len(asyncio.run(go())) == 1
+
+
+@pytest.mark.parametrize(
+    ("patterns", "type_", "matches"),
+    [
+        (["user.created"], "user.created", True),
+        (["user.created"], "user.created.twice", False),
+        (["user.*"], "user.created", True),
+        (["user.*"], "user.created.twice", True),
+        (["user.*"], "user", False),
+        (["user.*"], "users.created", False),
+        (["*"], "anything", True),
+        (["a", "user.*"], "user.x", True),
+        (["a"], "A", False),
+    ],
+)
+def test_type_patterns(dsn: str, patterns: list[str], type_: str, matches: bool) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", types=patterns)
+    asyncio.run(send(dsn, type_))
+    (rows,) = on(dsn, "select count(*) from hookd.delivery")
+    assert rows[0]["count"] == matches
+
+
+def test_tenants_do_not_see_each_other(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", tenant="acme")
+    asyncio.run(send(dsn, tenant="other"))
+    asyncio.run(send(dsn))
+    (rows,) = on(dsn, "select count(*) from hookd.delivery")
+    assert rows[0]["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "payload", "matches"),
+    [
+        ("$.amount ? (@ > 100)", '{"amount": 200}', True),
+        ("$.amount ? (@ > 100)", '{"amount": 20}', False),
+        ("$.amount ? (@ > 100)", '{"amount": "much"}', False),
+        ("$.amount > 100", '{"amount": 200}', True),
+        ("$.amount > 100", '{"amount": 20}', False),
+        ('$.kind == "a"', "[]", False),
+        ("strict $.a.b", '{"a": 1}', False),
+        ("$.a", '{"a": "\\u0000"}', False),
+        ("$.a", '{"a": 1e999999}', False),
+    ],
+)
+def test_filters_never_fail_the_producer(dsn: str, path: str, payload: str, matches: bool) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", filter=path)
+    asyncio.run(send(dsn, payload=payload))
+    (rows,) = on(dsn, "select count(*) from hookd.delivery")
+    assert rows[0]["count"] == matches
+
+
+def test_paused_gets_rows_disabled_gets_none(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", "http://127.0.0.1:9002/", "http://127.0.0.1:9003/")
+    run_sql(
+        dsn,
+        "update hookd.endpoint set state = 'paused' where url like '%9001%'",
+        "update hookd.endpoint set state = 'disabled' where url like '%9002%'",
+        "update hookd.endpoint set state = 'removed' where url like '%9003%'",
+    )
+    asyncio.run(send(dsn))
+    (rows,) = on(dsn, "select url, d.state from hookd.delivery_status d")
+    assert [(r["url"], r["state"]) for r in rows] == [("http://127.0.0.1:9001/", "pending")]
+
+
+def test_deliver_at_is_a_due_time(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    asyncio.run(send(dsn, deliver_at=at))
+    asyncio.run(send(dsn, deliver_at=at - datetime.timedelta(hours=2)))
+    (rows,) = on(dsn, "select due_at from hookd.delivery order by id")
+    assert [r["due_at"] for r in rows] == [at, None]
+
+
+def test_a_fan_out_to_10_000_endpoints(dsn: str) -> None:
+    run_sql(
+        dsn,
+        """insert into hookd.endpoint (tenant, url, host, types, shard)
+           select 'default', 'http://h' || n || '.example.com/', 'h' || n || '.example.com:80', '{*}', 0
+             from generate_series(1, 10000) n""",
+    )
+    asyncio.run(send(dsn))
+    (rows, shards) = on(
+        dsn,
+        "select count(*) from hookd.delivery",
+        "select count(distinct shard) from hookd.delivery",
+    )
+    assert rows[0]["count"] == 10_000
+    assert shards[0]["count"] == 64
+
+
+def test_a_million_events_in_one_statement(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", types=["rare"])
+    begun = time.monotonic()
+    run_sql(
+        dsn,
+        """insert into hookd.event (type, payload)
+           select case when n % 1000 = 0 then 'rare' else 'common' end, '{}' from generate_series(1, 1000000) n""",
+    )
+    assert time.monotonic() - begun < 150
+    (rows,) = on(dsn, "select count(*) from hookd.delivery")
+    assert rows[0]["count"] == 1000
+
+
+def test_the_order_of_insertion_is_the_order_of_ids(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    run_sql(dsn, "insert into hookd.event (type, payload) select 'a', n::text from generate_series(1, 5000) n")
+    (rows,) = on(
+        dsn, "select v.payload::integer as n from hookd.delivery d join hookd.event v on v.id = d.event_id order by d.id"
+    )
+    assert [r["n"] for r in rows] == list(range(1, 5001))
+
+
+def test_rolled_back_with_the_callers_transaction(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    run_sql(dsn, "begin", "select hookd.send('a', '{}')", "rollback")
+    (rows, events) = on(dsn, "select count(*) from hookd.delivery", "select count(*) from hookd.event")
+    assert rows[0]["count"] == events[0]["count"] == 0
+
+
+# NOTIFY.
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_only_a_sleeper_is_notified(dsn: str, asleep: bool) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    run_sql(dsn, f"select setval(sleeper, {2 if asleep else 1}) from hookd.shard")
+
+    async def go() -> int:
+        told: list[str] = []
+        listener = await asyncpg.connect(dsn)
+        await listener.add_listener("hookd", lambda *args: told.append(args[3]))
+        await send(dsn)
+        await send(dsn)
+        # notifications of earlier commits come before a later one's
+        async with asyncio.timeout(10):
+            while "end" not in told:
+                await listener.execute("select pg_notify('hookd', 'end')")
+                await asyncio.sleep(0)
+        await listener.close()
+        return told.count("")
+
+    assert asyncio.run(go()) == (2 if asleep else 0)
+
+
+# Roles.
+
+
+def as_role(dsn: str, role: str, *statements: str) -> list[list[asyncpg.Record]]:
+    return on(dsn, f"set role {role}", *statements)[1:]
+
+
+def test_a_producer_may_send_and_sees_no_secret(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/", headers={"authorization": "Bearer secret"}, filter="$.a")
+    sent, inserted, found = as_role(
+        dsn,
+        "hookd_producer",
+        "select hookd.send('a', '{\"a\": 1}', idempotency_key => 'x', order_key => 'k') as id",
+        "insert into hookd.event (type, payload) values ('a', '{\"a\": 2}') returning id",
+        "select id from hookd.event",
+    )
+    assert {r["id"] for r in sent + inserted} == {r["id"] for r in found}
+    (rows,) = on(dsn, "select count(*) from hookd.delivery")
+    assert rows[0]["count"] == 2
+    for forbidden in (
+        "select * from hookd.endpoint_secret",
+        "select * from hookd.thin_key",
+        "select payload from hookd.event",
+        "select * from hookd.endpoint",
+        "select * from hookd.delivery",
+        "delete from hookd.event",
+        "update hookd.endpoint set url = 'x'",
+        "select hookd.drop_partition('event', now())",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            as_role(dsn, "hookd_producer", forbidden)
+
+
+def test_a_reader_reads_and_sees_no_secret(dsn: str) -> None:
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    asyncio.run(send(dsn))
+    as_role(
+        dsn,
+        "hookd_reader",
+        "select * from hookd.event",
+        "select * from hookd.endpoint",
+        "select * from hookd.delivery",
+        "select * from hookd.attempt",
+        "select * from hookd.dead_letter",
+        "select * from hookd.delivery_status",
+    )
+    for forbidden in ("select * from hookd.endpoint_secret", "select * from hookd.thin_key", "delete from hookd.event"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            as_role(dsn, "hookd_reader", forbidden)
+
+
+def test_functions_that_run_as_their_owner_do_not_trust_the_callers_path(dsn: str) -> None:
+    (rows,) = on(
+        dsn,
+        """select p.oid::regprocedure::text as name from pg_proc p
+            where p.pronamespace = 'hookd'::regnamespace and p.prosecdef
+              and not exists (select from unnest(p.proconfig) c where c like 'search_path=pg_catalog%')""",
+    )
+    assert rows == []
+
+
+# Partitions.
+
+
+def test_partitions_of_days_to_come(dsn: str) -> None:
+    for parent in ("event", "attempt"):
+        (rows,) = on(dsn, f"select name, before_day from hookd.partition where parent = '{parent}' order by name")
+        assert len(rows) == 4
+        assert rows[-1]["before_day"] is None
+
+
+def test_add_and_drop(dsn: str) -> None:
+    asyncio.run(send(dsn))
+    made, none, dropped, kept = on(
+        dsn,
+        "select hookd.add_partition('event', 5) as name",
+        "select hookd.add_partition('event', 5) as name",
+        "select hookd.drop_partition('event', now() + interval '1 day') as name",
+        "select count(*) from hookd.event",
+    )
+    assert made[0]["name"]
+    assert none[0]["name"] is None
+    assert dropped[0]["name"]
+    assert kept[0]["count"] == 1
+
+
+def test_a_reader_does_not_let_upkeep_block_producers(dsn: str) -> None:
+    async def go() -> None:
+        reader, upkeep = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+        await reader.execute("begin")
+        await reader.fetch("select * from hookd.event")
+        begun = time.monotonic()
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await upkeep.fetchval("select hookd.add_partition('event', 9)")
+        assert time.monotonic() - begun < 5
+        await send(dsn)
+        await reader.execute("rollback")
+        assert await upkeep.fetchval("select hookd.add_partition('event', 9)")
+        await reader.close()
+        await upkeep.close()
+
+    asyncio.run(go())
+
+
+# Thin events.
+
+
+def test_check_thin_agrees_with_what_hookd_signs(dsn: str) -> None:
+    from urllib.parse import parse_qs, urlsplit
+
+    from hookd.core.bodies import ThinLink
+
+    async def go() -> list[bool]:
+        connection = await asyncpg.connect(dsn)
+        key = await connection.fetchval("select key from hookd.thin_key")
+        event = await send(dsn)
+        now = time.time()
+        link = ThinLink("https://api.example.com/events/{event_id}", key, 60)
+        answers = []
+        for url in (link.url(event, now), link.url(event, now - 120)):
+            query = parse_qs(urlsplit(url).query)
+            expires, signature = int(query["expires"][0]), query["signature"][0]
+            for tried in (signature, signature[:-1] + ("0" if signature[-1] != "0" else "1"), "x", ""):
+                answers.append(
+                    await connection.fetchval("select hookd.check_thin($1, $2, $3)", event, expires, tried)
+                )
+        await connection.close()
+        return answers
+
+    assert asyncio.run(go()) == [True, False, False, False] + [False] * 4
+
+
+def test_delivery_status_has_the_newest(dsn: str) -> None:
+    async def go() -> None:
+        _, endpoint = await add_endpoint_with_id(dsn, "http://127.0.0.1:9001/")
+        event = await send(dsn, payload=json.dumps({"a": 1}))
+        await fetch(
+            dsn,
+            """insert into hookd.attempt (at, delivery_id, event_id, endpoint, attempt, verdict, status)
+               select now(), d.id, d.event_id, d.endpoint, 1, 'exhausted', 500 from hookd.delivery d""",
+        )
+        await fetch(dsn, "delete from hookd.delivery")
+        (row,) = await fetch(dsn, "select * from hookd.delivery_status where event_id = $1", event)
+        assert (row["state"], row["endpoint_id"], row["last_status"]) == ("exhausted", endpoint, 500)
+        await fetch(
+            dsn,
+            """insert into hookd.delivery (shard, endpoint, event_id, replay)
+               select shard, key, $1, true from hookd.endpoint""",
+            event,
+        )
+        (row,) = await fetch(dsn, "select * from hookd.delivery_status where event_id = $1", event)
+        assert (row["state"], row["replay"]) == ("pending", True)
+
+    asyncio.run(go())
