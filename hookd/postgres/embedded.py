@@ -29,8 +29,10 @@ import pwd
 import re
 import secrets
 import shutil
+import socket as socketlib
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -55,6 +57,7 @@ SYSTEM_BINARIES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebr
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
+SETTLE_TIMEOUT_S = 20
 
 SERVER_CONF = """# written by hookd at every start
 listen_addresses = ''
@@ -157,10 +160,34 @@ class EmbeddedServer:
             return self._call("pg_ctl", "stop", "-D", self._data, "-m", "fast", "-w", "-t", str(STOP_TIMEOUT_S)).returncode == 0  # fmt: skip
 
     def running(self) -> bool:
-        """Whether the server of this directory runs; what is asked is PostgreSQL, not a file of ours."""
-        return (self.home / "data").is_dir() and self._call(
+        """
+        Whether the server of this directory runs: ``pg_ctl`` says so, and its socket answers.
+
+        A postmaster that was killed is a zombie until its parent looks, and ``pg_ctl`` takes it for alive that long.
+
+        Raises:
+            EmbeddedProblem: it neither runs nor is gone.
+        """
+        until = time.monotonic() + SETTLE_TIMEOUT_S
+        while (self.home / "data").is_dir() and self._call(
             "pg_ctl", "status", "-D", self._data
-        ).returncode == 0
+        ).returncode == 0:
+            if self._answers():
+                return True
+            if time.monotonic() > until:
+                raise EmbeddedProblem(
+                    f"a PostgreSQL process of {self.home} exists and does not answer; end the one in data/postmaster.pid"
+                )
+            time.sleep(0.05)
+        return False
+
+    def _answers(self) -> bool:
+        with socketlib.socket(socketlib.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.socket / f".s.PGSQL.{PORT}"))
+            except OSError:
+                return False
+            return True
 
     @property
     def _data(self) -> str:
@@ -321,6 +348,9 @@ def _account(data_dir: Path) -> _Account:
 def _home(wanted: Path, account: _Account) -> Path:
     """``data_dir`` itself, or where it stands in for it when the server's user cannot get there."""
     home = wanted
+    nearest = next(p for p in wanted.parents if p.exists())
+    if not nearest.is_dir():
+        raise EmbeddedProblem(f"database.data_dir {wanted} cannot be made: {nearest} is not a directory")
     if account.other and not _reachable(wanted.parent, account):
         digest = hashlib.sha256(str(wanted).encode()).hexdigest()[:12]
         home = ELSEWHERE / f"data-{digest}"

@@ -100,7 +100,11 @@ def test_no_superuser_is_needed(server_dsn: str, empty_dsn: str) -> None:
 
     name = urlsplit(empty_dsn).path.lstrip("/")
     role = f"owner_{name}"
-    run_sql(empty_dsn, f"create role {role} login password 'x' createrole", f'grant create on database "{name}" to {role}')
+    run_sql(
+        empty_dsn,
+        f"create role {role} login password 'x' createrole",
+        f'grant create on database "{name}" to {role}',
+    )
 
     async def go() -> None:
         connection = await asyncpg.connect(empty_dsn, user=role, password="x")
@@ -284,9 +288,12 @@ def test_a_million_events_in_one_statement(dsn: str) -> None:
 
 def test_the_order_of_insertion_is_the_order_of_ids(dsn: str) -> None:
     endpoints(dsn, "http://127.0.0.1:9001/")
-    run_sql(dsn, "insert into hookd.event (type, payload) select 'a', n::text from generate_series(1, 5000) n")
+    run_sql(
+        dsn, "insert into hookd.event (type, payload) select 'a', n::text from generate_series(1, 5000) n"
+    )
     (rows,) = on(
-        dsn, "select v.payload::integer as n from hookd.delivery d join hookd.event v on v.id = d.event_id order by d.id"
+        dsn,
+        "select v.payload::integer as n from hookd.delivery d join hookd.event v on v.id = d.event_id order by d.id",
     )
     assert [r["n"] for r in rows] == list(range(1, 5001))
 
@@ -369,7 +376,11 @@ def test_a_reader_reads_and_sees_no_secret(dsn: str) -> None:
         "select * from hookd.dead_letter",
         "select * from hookd.delivery_status",
     )
-    for forbidden in ("select * from hookd.endpoint_secret", "select * from hookd.thin_key", "delete from hookd.event"):
+    for forbidden in (
+        "select * from hookd.endpoint_secret",
+        "select * from hookd.thin_key",
+        "delete from hookd.event",
+    ):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             as_role(dsn, "hookd_reader", forbidden)
 
@@ -389,7 +400,9 @@ def test_functions_that_run_as_their_owner_do_not_trust_the_callers_path(dsn: st
 
 def test_partitions_of_days_to_come(dsn: str) -> None:
     for parent in ("event", "attempt"):
-        (rows,) = on(dsn, f"select name, before_day from hookd.partition where parent = '{parent}' order by name")
+        (rows,) = on(
+            dsn, f"select name, before_day from hookd.partition where parent = '{parent}' order by name"
+        )
         assert len(rows) == 4
         assert rows[-1]["before_day"] is None
 

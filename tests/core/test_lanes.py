@@ -1,0 +1,195 @@
+"""Lanes: limits hold, nobody starves, nothing is lost."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hookd.core.lanes import Lanes
+from hookd.core.limits import HostGate
+from hookd.core.model import Delivery, DeliveryId, EndpointKey, Event, HostLimits, Verdict, VerdictKind
+
+DELIVERED = Verdict(VerdictKind.DELIVERED)
+SLOWER = Verdict(VerdictKind.RETRY, slow_lane=True, endpoint_failed=True)
+
+
+def delivery(number: int, endpoint: int = 1, attempt: int = 0) -> Delivery:
+    return Delivery(
+        DeliveryId(number), EndpointKey(endpoint), Event(UUID(int=1), "a", "t", b"{}", 0.0), attempt, 0
+    )
+
+
+def test_concurrency_holds() -> None:
+    lanes = Lanes(HostLimits(concurrency=3), {})
+    for n in range(10):
+        lanes.admit("a:80", delivery(n))
+    first = lanes.ready(0.0, 100)
+    assert len(first) == 3
+    assert lanes.ready(0.0, 100) == []
+    lanes.finished(first[0], DELIVERED, 1.0)
+    assert len(lanes.ready(1.0, 100)) == 1
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(5.0, 0), (5.0, 1), (10.0, 5), (0.5, 0)])
+def test_a_rate_holds_in_every_window(rate: float, burst: int) -> None:
+    lanes = Lanes(HostLimits(rate=rate, burst=burst, concurrency=0), {})
+    for n in range(200):
+        lanes.admit("a:80", delivery(n))
+    now, starts = 0.0, []
+    while len(starts) < 60:
+        for started in lanes.ready(now, 100):
+            starts.append(now)
+            lanes.finished(started, DELIVERED, now)
+        wake = lanes.next_wake(now)
+        assert wake is not None
+        now = max(wake, now + 1e-9)
+    for first in range(len(starts)):
+        for last in range(first, len(starts)):
+            window = starts[last] - starts[first]
+            assert last - first + 1 <= rate * window + max(1, burst) + 1e-6
+    assert starts[-1] <= len(starts) / rate + 1, "and no slower than that"
+
+
+def test_the_most_specific_limit_wins() -> None:
+    lanes = Lanes(
+        HostLimits(concurrency=50),
+        {
+            "api.example.com": HostLimits(concurrency=2),
+            "api.example.com:8443": HostLimits(concurrency=3),
+            "*.example.com": HostLimits(concurrency=4),
+        },
+    )
+    assert lanes.limits_of("api.example.com:443").concurrency == 2
+    assert lanes.limits_of("api.example.com:8443").concurrency == 3
+    assert lanes.limits_of("www.example.com:443").concurrency == 4
+    assert lanes.limits_of("a.b.example.com:443").concurrency == 4
+    assert lanes.limits_of("example.com:443").concurrency == 50
+
+
+def test_hosts_and_endpoints_are_served_in_turn() -> None:
+    lanes = Lanes(HostLimits(concurrency=0), {})
+    for n in range(1000):
+        lanes.admit("big:80", delivery(n, endpoint=1))
+    for n in range(1000, 1010):
+        lanes.admit("big:80", delivery(n, endpoint=2))
+    for n in range(2000, 2010):
+        lanes.admit("small:80", delivery(n, endpoint=3))
+    counts = Counter(d.endpoint for d in lanes.ready(0.0, 30))
+    assert counts[EndpointKey(3)] == 10
+    assert counts[EndpointKey(2)] == 10
+
+
+def test_an_endpoints_own_limits() -> None:
+    lanes = Lanes(HostLimits(concurrency=50), {})
+    lanes.set_endpoint_limits(EndpointKey(1), None, 1)
+    for n in range(5):
+        lanes.admit("a:80", delivery(n, endpoint=1))
+        lanes.admit("a:80", delivery(n + 100, endpoint=2))
+    started = lanes.ready(0.0, 100)
+    counts = Counter(d.endpoint for d in started)
+    assert counts == {EndpointKey(1): 1, EndpointKey(2): 5}
+    lanes.finished(next(d for d in started if d.endpoint == 1), DELIVERED, 0.0)
+    assert [d.endpoint for d in lanes.ready(0.0, 100)] == [EndpointKey(1)]
+
+
+def test_retry_after_holds_the_host() -> None:
+    lanes = Lanes(HostLimits(concurrency=10), {})
+    for n in range(5):
+        lanes.admit("a:80", delivery(n))
+    lanes.admit("b:80", delivery(9, endpoint=2))
+    (first, *_) = lanes.ready(0.0, 1)
+    lanes.finished(first, Verdict(VerdictKind.RETRY, hold_lane_s=30.0), 0.0)
+    host = "a:80" if first.endpoint == 1 else "b:80"
+    rest = lanes.ready(1.0, 100)
+    assert all(d.endpoint != first.endpoint for d in rest)
+    state = next(s for s in lanes.snapshot(1.0) if s.host == host)
+    assert state.held_s == pytest.approx(29.0)
+    assert lanes.next_wake(1.0) == pytest.approx(30.0) or host == "b:80"
+
+
+def test_a_lane_takes_at_most_half_of_everything() -> None:
+    lanes = Lanes(HostLimits(concurrency=0), {}, max_in_flight=100)
+    for n in range(500):
+        lanes.admit("slow:80", delivery(n))
+    assert len(lanes.ready(0.0, 100)) == 50
+
+
+def test_retries_take_a_fifth_while_fresh_ones_wait() -> None:
+    lanes = Lanes(HostLimits(concurrency=5000), {}, max_in_flight=10_000)
+    for n in range(1000):
+        lanes.admit("a:80", delivery(n, endpoint=1, attempt=1))
+        lanes.admit("a:80", delivery(n + 5000, endpoint=2))
+    counts = Counter(d.attempt for d in lanes.ready(0.0, 500))
+    assert 80 <= counts[1] <= 110
+
+
+def test_the_adaptive_limit_is_cut_once_a_flight_and_grows_again() -> None:
+    gate = HostGate(HostLimits(concurrency=40))
+    for _ in range(40):
+        gate.started(0.0)
+    for _ in range(40):
+        gate.finished(1.0, started_mono=0.0, slower=True, success=False, hold_s=0.0)
+    assert gate.limit == 20
+    now = 1.0
+    for _ in range(3000):
+        now += 0.01
+        while gate.has_slot():
+            gate.started(now)
+        gate.finished(now, started_mono=now, slower=False, success=True, hold_s=0.0)
+    assert gate.limit == 40
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), min_size=1, max_size=120),
+    st.lists(
+        st.tuples(st.sampled_from(["ready", "finish", "slower", "withdraw", "tick"]), st.integers(0, 50)),
+        max_size=120,
+    ),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 3.0]),
+)
+def test_a_delivery_is_in_one_place(
+    admitted: list[tuple[int, int, bool]], steps: list[tuple[str, int]], concurrency: int, rate: float
+) -> None:
+    lanes = Lanes(HostLimits(rate=rate, concurrency=concurrency), {}, max_in_flight=20)
+    host_of = {}
+    waiting: dict[int, set[int]] = defaultdict(set)
+    in_flight: dict[int, Delivery] = {}
+    for n, (host, endpoint, retry) in enumerate(admitted):
+        key = endpoint * 10 + host
+        host_of[key] = f"h{host}:80"
+        lanes.admit(host_of[key], delivery(n, key, int(retry)))
+        waiting[key].add(n)
+    now = 0.0
+    for what, number in steps:
+        if what == "ready":
+            for started in lanes.ready(now, number):
+                waiting[started.endpoint].remove(started.id)
+                in_flight[started.id] = started
+        elif what in ("finish", "slower") and in_flight:
+            done = in_flight.pop(sorted(in_flight)[number % len(in_flight)])
+            lanes.finished(done, DELIVERED if what == "finish" else SLOWER, now)
+        elif what == "withdraw" and waiting:
+            key = sorted(waiting)[number % len(waiting)]
+            assert {d.id for d in lanes.withdraw(EndpointKey(key))} == waiting.pop(key)
+        elif what == "tick":
+            now += 0.1
+        assert lanes.total_waiting == sum(map(len, waiting.values()))
+        assert lanes.total_in_flight == len(in_flight)
+        per_host = Counter(host_of[d.endpoint] for d in in_flight.values())
+        assert all(count <= concurrency for count in per_host.values())
+    for _ in range(10_000):
+        if not lanes.total_waiting:
+            break
+        for started in lanes.ready(now, 20):
+            waiting[started.endpoint].remove(started.id)
+            in_flight[started.id] = started
+        for done in list(in_flight.values()):
+            lanes.finished(in_flight.pop(done.id), DELIVERED, now)
+        now += 0.05
+    assert not lanes.total_waiting, "nobody starves"
