@@ -56,7 +56,7 @@ def listen(
             parse_secret(secret)
     except ValueError as error:
         raise Failed(str(error), 2) from None
-    manners = Manners(status, fail, delay_s, forward_to)
+    manners = Manners(status, fail, delay_s, forward_to=forward_to)
     printer = _json_line if invocation.json else _line
     dice = random.Random()  # noqa: S311 - decides which request fails
 

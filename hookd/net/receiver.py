@@ -48,6 +48,8 @@ class Manners:
     fail_rate: float = 0.0
     """Share of requests that are answered with 500."""
     delay_s: float = 0.0
+    relents_after: int | None = None
+    """After so many requests ``status`` gives way to 200."""
     forward_to: str = ""
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -69,6 +71,7 @@ class Receiver:
         self._received = received
         self._wall = wall
         self._draw = draw
+        self._taken = 0
         self._runner: web.AppRunner | None = None
         self._client: aiohttp.ClientSession | None = None
 
@@ -96,6 +99,7 @@ class Receiver:
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
+        self._taken += 1
         signed: bool | None = None
         problem = ""
         if self._secrets:
@@ -117,6 +121,9 @@ class Receiver:
             return web.Response(status=401, text=f"signature: {received.problem}\n")
         if self._client is not None:
             return await self._forwarded(self._client, received)
+        relents_after = self._manners.relents_after
+        if relents_after is not None and self._taken > relents_after:
+            return web.Response(status=200)
         return web.Response(status=self._manners.status, headers=self._manners.headers)
 
     async def _forwarded(self, client: aiohttp.ClientSession, received: Received) -> web.Response:

@@ -39,7 +39,8 @@ def test_a_rate_holds_in_every_window(rate: float, burst: int) -> None:
     lanes = Lanes(HostLimits(rate=rate, burst=burst, concurrency=0), {})
     for n in range(200):
         lanes.admit("a:80", delivery(n))
-    now, starts = 0.0, []
+    now = 0.0
+    starts: list[float] = []
     while len(starts) < 60:
         for started in lanes.ready(now, 100):
             starts.append(now)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -48,7 +48,8 @@ def place() -> Iterator[Path]:
 
 def query(server: EmbeddedServer, sql: str) -> object:
     async def go() -> object:
-        connection = await asyncpg.connect(**server.connection_arguments())  # type: ignore[arg-type]
+        arguments: dict[str, Any] = server.connection_arguments()
+        connection = await asyncpg.connect(**arguments)
         try:
             return await connection.fetchval(sql)
         finally:
@@ -58,10 +59,9 @@ def query(server: EmbeddedServer, sql: str) -> object:
 
 
 def user_of(folder: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", USER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    return process
 
 
 def wait_up(process: subprocess.Popen[str]) -> None:
@@ -90,8 +90,9 @@ def test_data_stays_and_the_last_user_stops_it(place: Path) -> None:
 def test_nobody_without_the_password(place: Path) -> None:
     server = open_server(str(place / "d"))
     try:
+        arguments: dict[str, Any] = server.connection_arguments() | {"password": "guess"}
         with pytest.raises(asyncpg.InvalidPasswordError):
-            asyncio.run(asyncpg.connect(**(server.connection_arguments() | {"password": "guess"})))  # type: ignore[arg-type]
+            asyncio.run(asyncpg.connect(**arguments))
         assert stat.S_IMODE((place / "d").stat().st_mode) == 0o700
         assert stat.S_IMODE((place / "d" / "password").stat().st_mode) == 0o600
     finally:

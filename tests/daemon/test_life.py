@@ -1,0 +1,447 @@
+"""The daemon's life: drains, dies, comes back, loses its database, shares it, reloads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import signal
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from tests.daemon_process import DaemonProcess, wait_until
+from tests.producing import add_endpoint, add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
+from tests.receiver import OK, Call, Receiver, answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Start = "Callable[..., DaemonProcess]"
+
+
+def metric(daemon: DaemonProcess, name: str) -> float:
+    with urllib.request.urlopen(f"{daemon.admin}/metrics", timeout=10) as got:
+        for line in got.read().decode().splitlines():
+            if line.startswith(name + " "):
+                return float(line.split(" ")[1])
+    raise AssertionError(name)
+
+
+def test_sigterm_drains(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+    release = asyncio.Event()
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(OK)
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver:
+            await add_endpoint(dsn, receiver.url)
+            for _ in range(5):
+                await send(dsn)
+            await receiver.wait_for_calls(5)
+            daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(daemon.wait_for, "draining")
+            late = await send(dsn)
+            release.set()
+            assert await asyncio.to_thread(daemon.process.wait, 30) == 0
+            assert len(receiver.calls) == 5
+            rows = await fetch(dsn, "select event_id::text, state from hookd.delivery_status")
+            assert sorted(r["state"] for r in rows) == ["delivered"] * 5 + ["pending"]
+            assert [r["event_id"] for r in rows if r["state"] == "pending"] == [late]
+
+    asyncio.run(go())
+    assert daemon.said("stopped")[0]["cut_off"] == 0
+
+
+def test_a_second_signal_stops_at_once(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+
+    async def handle(_call: Call, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await receiver.wait_for_calls(1)
+            daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(daemon.wait_for, "draining")
+            daemon.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(daemon.process.wait, 10) == 0
+
+    asyncio.run(go())
+    assert daemon.said("stopped")[0]["cut_off"] == 1
+
+
+def test_kill_9_loses_nothing(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.002)
+        writer.write(OK)
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await fetch(
+                dsn,
+                "insert into hookd.event (type, payload) select 'a', n::text from generate_series(1, 6000) n",
+            )
+            in_flight = 50
+            daemon = await asyncio.to_thread(start_daemon)
+            for rounds in (800, 2500):
+                await receiver.wait_for_calls(rounds)
+                daemon.kill()
+                daemon = await asyncio.to_thread(start_daemon)
+            await wait_empty(dsn)
+            arrived = [c.event_id for c in receiver.calls]
+            assert len(set(arrived)) == 6000
+            # in flight, or answered and not yet settled: a batch or two
+            assert len(arrived) - 6000 <= 2 * (in_flight + 2000)
+            (row,) = await fetch(dsn, "select count(*) from hookd.attempt where verdict = 'delivered'")
+            assert row["count"] == 6000
+
+    asyncio.run(go())
+
+
+def test_the_database_goes_and_comes_back(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            for expected in (1, 2, 3):
+                await fetch(
+                    dsn,
+                    """select pg_terminate_backend(pid) from pg_stat_activity
+                        where datname = current_database() and application_name like 'hookd %'""",
+                )
+                await send(dsn)
+                await wait_empty(dsn)
+                assert len(receiver.calls) == expected
+
+    asyncio.run(go())
+    daemon.wait_for("database is back")
+    assert len(daemon.said("database lost")) <= 3
+    assert not daemon.said("internal error")
+    assert daemon.stop() == 0
+
+
+def test_results_of_a_lost_session_are_settled_on_the_next(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """The answer comes while the database is away: it is not sent again."""
+    start_daemon()
+    release = asyncio.Event()
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(OK)
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await receiver.wait_for_calls(1)
+            await fetch(
+                dsn,
+                """select pg_terminate_backend(pid) from pg_stat_activity
+                    where datname = current_database() and application_name like 'hookd %'""",
+            )
+            release.set()
+            await wait_empty(dsn)
+            assert len(receiver.calls) == 1
+
+    asyncio.run(go())
+
+
+def test_two_daemons_share_a_database_and_one_takes_over(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    first = start_daemon()
+    second = start_daemon()
+    assert metric(first, "hookd_shards_owned") == 64
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await wait_empty(dsn)
+            first.kill()
+            await send(dsn)
+            await wait_empty(dsn)
+            assert len(receiver.calls) == 2
+
+    asyncio.run(go())
+    assert metric(second, "hookd_shards_owned") == 64
+
+
+def test_a_reload_applies_what_can_be_and_a_bad_one_changes_nothing(
+    dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[delivery]\nformat = "standard"\n')
+    daemon = start_daemon(HOOKD_CONFIG=str(file))
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            file.write_text('[delivery]\nformat = "raw"\n')
+            daemon.signal(signal.SIGHUP)
+            await asyncio.to_thread(daemon.wait_for, "configuration applied")
+            await send(dsn, payload='{"a":  1}')
+            await wait_empty(dsn)
+            assert receiver.calls[0].body == b'{"a":  1}'
+            file.write_text('[delivery]\nformat = "rwa"\n')
+            daemon.signal(signal.SIGHUP)
+            said = await asyncio.to_thread(daemon.wait_for, "configuration not applied")
+            assert "delivery.format" in said["mistakes"][0]
+            await send(dsn, payload='{"a":  2}')
+            await wait_empty(dsn)
+            assert receiver.calls[1].body == b'{"a":  2}'
+
+    asyncio.run(go())
+    assert metric(daemon, "hookd_config_reload_success") == 0
+
+
+def test_pause_resume_remove(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon()
+
+    async def set_state(endpoint: Any, state: str) -> None:
+        await fetch(dsn, "update hookd.endpoint set state = $2 where id = $1", endpoint, state)
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            await set_state(endpoint, "paused")
+            event = await send(dsn)
+            _, witness = await add_endpoint_with_id(dsn, receiver.url, types=["witness"])
+            await send(dsn, "witness")
+            await wait_for_row(
+                dsn,
+                "select 1 from hookd.delivery_status where endpoint_id = $1 and state = 'delivered'",
+                witness,
+            )
+            (row,) = await fetch(dsn, "select state from hookd.delivery_status where event_id = $1", event)
+            assert row["state"] == "pending"
+            await set_state(endpoint, "active")
+            await wait_empty(dsn)
+            assert event in [c.event_id for c in receiver.calls]
+            await set_state(endpoint, "paused")
+            waiting = await send(dsn)
+            await set_state(endpoint, "removed")
+            await wait_empty(dsn)
+            (row,) = await fetch(
+                dsn, "select state, reason, attempts from hookd.delivery_status where event_id = $1", waiting
+            )
+            assert tuple(row) == ("cancelled", "endpoint removed", 0)
+
+    asyncio.run(go())
+
+
+def test_times(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon()
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            now = datetime.datetime.now(datetime.UTC)
+            later = await send(dsn, deliver_at=now + datetime.timedelta(seconds=1.5))
+            await fetch(dsn, "update hookd.endpoint set state = 'paused' where id = $1", endpoint)
+            expired = await send(dsn, expires_at=now + datetime.timedelta(seconds=1))
+            await wait_for_row(
+                dsn, "select 1 where clock_timestamp() > $1", now + datetime.timedelta(seconds=1)
+            )
+            await fetch(dsn, "update hookd.endpoint set state = 'active' where id = $1", endpoint)
+            await wait_empty(dsn)
+            assert datetime.datetime.now(datetime.UTC) >= now + datetime.timedelta(seconds=1.5)
+            assert [c.event_id for c in receiver.calls] == [later]
+            (row,) = await fetch(dsn, "select state from hookd.delivery_status where event_id = $1", expired)
+            assert row["state"] == "expired"
+
+    asyncio.run(go())
+
+
+def test_formats_and_headers(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon(HOOKD_DELIVERY__THIN_URL="https://api.example.com/events/{event_id}")
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            for form in ("standard", "raw", "cloudevents", "thin"):
+                await add_endpoint(
+                    dsn, receiver.url.replace("/hook", f"/{form}"), format=form, headers={"x-form": form}
+                )
+            event = await send(dsn, "user.created", '{"id":  1}', headers='{"x-trace": "t"}')
+            await wait_empty(dsn)
+            calls = {c.path: c for c in receiver.calls}
+            assert set(calls) == {"/standard", "/raw", "/cloudevents", "/thin"}
+            for path, call in calls.items():
+                assert call.method == "POST"
+                assert call.headers["x-form"] == path[1:]
+                assert call.headers["x-trace"] == "t"
+                assert call.headers["accept-encoding"] == "identity"
+                assert call.headers["user-agent"].startswith("hookd/")
+                assert call.event_id == event
+            assert calls["/raw"].body == b'{"id":  1}'
+            assert calls["/cloudevents"].headers["content-type"] == "application/cloudevents+json"
+            thin = json.loads(calls["/thin"].body)
+            query = dict(part.split("=") for part in thin["url"].partition("?")[2].split("&"))
+            (row,) = await fetch(
+                dsn,
+                "select hookd.check_thin($1, $2, $3) as ok",
+                event,
+                int(query["expires"]),
+                query["signature"],
+            )
+            assert row["ok"] is True
+
+    asyncio.run(go())
+
+
+def test_a_rotated_secret_signs_beside_the_new_one(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    from hookd.core.signing import new_secret, verify
+    from hookd.postgres import registry
+
+    start_daemon()
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            old, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            new = new_secret(b"n" * 32)
+            connection = await asyncpg.connect(dsn)
+            await registry.rotate(connection, endpoint, new, 1.5)
+            await send(dsn)
+            await wait_empty(dsn)
+            call = receiver.calls[0]
+            now = int(call.headers["webhook-timestamp"])
+            assert verify(old, call.headers, call.body, now).valid
+            assert verify(new.reveal(), call.headers, call.body, now).valid
+            async with asyncio.timeout(20):
+                while True:
+                    await send(dsn)
+                    await wait_empty(dsn)
+                    call = receiver.calls[-1]
+                    assert verify(new.reveal(), call.headers, call.body, now + 1).valid
+                    if not verify(old, call.headers, call.body, now + 1).valid:
+                        break
+            await connection.close()
+
+    asyncio.run(go())
+
+
+def test_an_endpoint_that_moves_takes_its_deliveries_along(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    start_daemon(HOOKD_RETRY__SCHEDULE='["200ms", "200ms", "200ms", "200ms", "200ms"]')
+
+    async def fail(_call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(500))
+
+    async def go() -> None:
+        async with Receiver(fail) as before, Receiver() as after:
+            _, endpoint = await add_endpoint_with_id(dsn, before.url)
+            event = await send(dsn)
+            await before.wait_for_calls(1)
+            await fetch(
+                dsn,
+                "update hookd.endpoint set url = $2, host = $3 where id = $1",
+                endpoint,
+                after.url,
+                f"127.0.0.1:{after.port}",
+            )
+            await wait_empty(dsn)
+            assert [c.event_id for c in after.calls] == [event]
+
+    asyncio.run(go())
+
+
+def test_a_backlog_larger_than_memory(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    """20,000 deliveries inserted at once, to a window of 400 rows, beside an endpoint that is quick to serve."""
+    daemon = start_daemon(HOOKD_DELIVERY__MAX_IN_FLIGHT="100")
+
+    async def go() -> None:
+        async with Receiver() as big, Receiver() as small:
+            await add_endpoint(dsn, big.url, types=["big"])
+            await add_endpoint(dsn, small.url, types=["small"])
+            await fetch(
+                dsn,
+                "insert into hookd.event (type, payload) select 'big', n::text from generate_series(1, 20000) n",
+            )
+            await big.wait_for_calls(100)
+            event = await send(dsn, "small")
+            await small.wait_for_calls(1)
+            assert small.calls[0].event_id == event
+            assert len(big.calls) < 20000
+            await wait_empty(dsn)
+            arrived = [c.event_id for c in big.calls]
+            assert len(arrived) == len(set(arrived)) == 20000
+
+    asyncio.run(go())
+    assert not daemon.said("internal error")
+
+
+def test_order_keys(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon(HOOKD_RETRY__SCHEDULE='["50ms", "50ms", "50ms", "50ms", "50ms"]')
+
+    async def sometimes(call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(500) if call.number % 3 == 0 else OK)
+
+    async def go() -> None:
+        async with Receiver(sometimes) as receiver:
+            await add_endpoint(dsn, receiver.url, format="raw")
+            for n in range(30):
+                await send(dsn, payload=json.dumps([n % 3, n]), order_key=f"k{n % 3}")
+            await wait_empty(dsn)
+            delivered: dict[int, list[int]] = {0: [], 1: [], 2: []}
+            for call in receiver.calls:
+                if call.number % 3:
+                    key, n = json.loads(call.body)
+                    delivered[key].append(n)
+            for key, numbers in delivered.items():
+                assert numbers == list(range(key, 30, 3))
+
+    asyncio.run(go())
+
+
+def test_probes(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+    for path in ("/healthz", "/readyz", "/metrics", "/"):
+        with urllib.request.urlopen(daemon.admin + path, timeout=10) as got:
+            assert got.status == 200
+    refused = urllib.request.Request(daemon.admin + "/api/v1/status", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(refused, timeout=10)
+    assert raised.value.code == 403
+    raised.value.close()
+
+
+def test_the_log_holds_no_secret(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon(HOOKD_LOG__LEVEL="debug", HOOKD_RETRY__SCHEDULE="[]")
+
+    async def echo(call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(500, call.body + call.raw_head))
+
+    async def go() -> str:
+        async with Receiver(echo) as receiver:
+            secret, _ = await add_endpoint_with_id(
+                dsn, receiver.url, headers={"authorization": "Bearer hidden-token"}
+            )
+            await send(dsn, payload='"hidden-payload"')
+            await wait_empty(dsn)
+            return secret
+
+    secret = asyncio.run(go())
+    wait_until(lambda: bool(daemon.said("attempt failed")), "the failure is logged")
+    text = json.dumps(daemon.log())
+    for hidden in (secret, secret.removeprefix("whsec_"), "hidden-token", "hidden-payload"):
+        assert hidden not in text
+    with contextlib.suppress(IndexError):
+        assert {"delivery_id", "endpoint", "attempt", "event_id"} <= set(daemon.said("attempt failed")[0])
