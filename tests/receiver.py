@@ -65,6 +65,7 @@ class Receiver:
         self._context = context
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -91,11 +92,19 @@ class Receiver:
             while len(self.calls) < count:
                 await asyncio.sleep(0.01)
 
+    async def wait_closed(self, deadline_s: float = 10.0) -> None:
+        """Wait until it has closed all connections, and their ends have seen it."""
+        async with asyncio.timeout(deadline_s):
+            while self._tasks:
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
+        self._writers.append(writer)
         try:
             while await self._one(reader, writer):
                 pass

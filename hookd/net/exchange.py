@@ -292,7 +292,12 @@ class HttpExchange:
         if outcome.redirects >= REDIRECTS_MOST:
             outcome.reason = "too many redirects"
             return None
-        target = parse_url(urljoin(request.target.url, location), https_only=self.options.https_only)
+        try:
+            absolute = urljoin(request.target.url, location)
+        except ValueError:
+            outcome.reason = "a redirect to what is no URL"
+            return None
+        target = parse_url(absolute, https_only=self.options.https_only)
         if isinstance(target, UrlProblem):
             outcome.reason = f"redirected to a URL that is not called: {target.reason}"
             return None

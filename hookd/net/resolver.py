@@ -37,6 +37,7 @@ FAILURE_S = 5.0
 CACHE_MOST = 10_000
 QUERY_TIMEOUT_S = 5.0
 CHANNEL_LIFE_S = 300.0
+"""Also bounds c-ares' own cache, which keeps answers for up to an hour and cannot be turned off from Python."""
 
 LOOPBACK = ("127.0.0.1", "::1")
 
@@ -89,6 +90,7 @@ class Resolver:
         self._asking: dict[str, asyncio.Task[_Answer]] = {}
         self._channel: aiodns.DNSResolver | None = None
         self._channel_born = 0.0
+        self._retired: list[aiodns.DNSResolver] = []
         self.lookups = 0
 
     def __repr__(self) -> str:
@@ -123,9 +125,8 @@ class Resolver:
         for task in self._asking.values():
             task.cancel()
         await asyncio.gather(*self._asking.values(), return_exceptions=True)
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        self._retire()
+        await self._close_retired()
 
     def _known(self, host: str) -> _Answer | None:
         try:
@@ -164,31 +165,51 @@ class Resolver:
         self._cache[host] = answer
         while len(self._cache) > CACHE_MOST:
             self._cache.popitem(last=False)
+        if self._retired and len(self._asking) == 1:
+            await self._close_retired()
         return answer
 
     async def _query(self, host: str, kind: str) -> tuple[list[tuple[str, int]], int]:
+        channel = self._current()
         try:
-            return await self._query_once(host, kind, fresh=False), 0
+            return await self._query_on(channel, host, kind), 0
         except aiodns.error.DNSError as error:
             code = int(error.args[0])
         if code == pycares.errno.ARES_ETIMEOUT:
+            if channel is self._channel:
+                self._retire()
             try:
-                return await self._query_once(host, kind, fresh=True), 0
+                return await self._query_on(self._current(), host, kind), 0
             except aiodns.error.DNSError as error:
                 code = int(error.args[0])
         return [], code
 
-    async def _query_once(self, host: str, kind: str, *, fresh: bool) -> list[tuple[str, int]]:
-        now = self._mono()
-        if self._channel is None or now - self._channel_born > (1.0 if fresh else CHANNEL_LIFE_S):
-            old, self._channel = self._channel, self._new_channel()
-            self._channel_born = now
-            if old is not None and not self._asking:
-                await old.close()
+    @staticmethod
+    async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> list[tuple[str, int]]:
         # the trailing dot keeps search domains away
-        result = await self._channel.query_dns(host + ".", kind)
+        result = await channel.query_dns(host + ".", kind)
         wanted = pycares.QUERY_TYPE_A if kind == "A" else pycares.QUERY_TYPE_AAAA
         return [(record.data.addr, record.ttl) for record in result.answer if record.type == wanted]  # type: ignore[union-attr]
+
+    def _current(self) -> aiodns.DNSResolver:
+        now = self._mono()
+        if self._channel is not None and now - self._channel_born > CHANNEL_LIFE_S:
+            self._retire()
+        if self._channel is None:
+            self._channel = self._new_channel()
+            self._channel_born = now
+        return self._channel
+
+    def _retire(self) -> None:
+        """Ask it nothing more; what it was asked it may still answer."""
+        if self._channel is not None:
+            self._retired.append(self._channel)
+            self._channel = None
+
+    async def _close_retired(self) -> None:
+        retired, self._retired = self._retired, []
+        for channel in retired:
+            await channel.close()
 
     def _new_channel(self) -> aiodns.DNSResolver:
         # "b": DNS only, without the hosts file

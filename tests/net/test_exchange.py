@@ -1,0 +1,493 @@
+"""The exchange on real sockets: what it sends, what it takes for an answer, which connections it uses again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import random
+import socket
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import aiohttp
+import pytest
+import trustme
+
+from hookd.core.addresses import AddressRules
+from hookd.core.composer import Composer, Wire
+from hookd.core.model import (
+    BodyFormat,
+    Delivery,
+    DeliveryId,
+    Endpoint,
+    EndpointKey,
+    Event,
+    Outcome,
+    OutcomeKind,
+)
+from hookd.net.exchange import ExchangeOptions, HttpExchange, check_parts
+from hookd.net.resolver import Resolver
+from tests.receiver import OK, Call, Receiver, always, answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from hookd.core.request import Request
+
+LOOPBACK = AddressRules(allow=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")))
+
+
+@contextlib.asynccontextmanager
+async def exchange(
+    rules: AddressRules = LOOPBACK, context: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[HttpExchange]:
+    resolver = Resolver(lambda: rules, mono=time.monotonic)
+    made = HttpExchange(
+        resolver,
+        lambda: rules,
+        ExchangeOptions(**options),
+        wall=time.time,
+        mono=time.monotonic,
+        context=context,
+    )
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def request(
+    url: str, payload: bytes = b"{}", timeout_s: float = 5.0, connect_timeout_s: float = 2.0, **headers: str
+) -> Request:
+    endpoint = Endpoint(EndpointKey(1), UUID(int=1), "t", url, "", 0, headers=headers)
+    event = Event(UUID(int=2), "a.b", "t", payload, time.time())
+    wire = Wire("hookd/test", BodyFormat.RAW, timeout_s, connect_timeout_s)
+    return Composer(endpoint, wire).compose(
+        Delivery(DeliveryId(1), EndpointKey(1), event, 0, 0), int(time.time())
+    )
+
+
+def test_the_libraries_are_as_they_were_checked() -> None:
+    assert check_parts() == []
+
+
+def test_a_connection_is_used_again() -> None:
+    async def go() -> None:
+        async with Receiver() as receiver, exchange() as http:
+            outcomes = [await http.send(request(receiver.url)) for _ in range(5)]
+            assert receiver.connections == 1
+            assert [o.reused for o in outcomes] == [False, True, True, True, True]
+            assert outcomes[0].connect_ms is not None
+            assert outcomes[1].connect_ms is None
+            assert all(o.status == 200 and o.body == "ok" and o.sent for o in outcomes)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("size", [0, 1, 2000, 2048, 2049, 500_000, 5_000_000])
+def test_bodies_of_any_size_arrive_whole(size: int) -> None:
+    payload = random.Random(size).randbytes(size)
+
+    async def go() -> None:
+        async with Receiver() as receiver, exchange() as http:
+            for _ in range(2):
+                assert (await http.send(request(receiver.url, payload))).status == 200
+            assert [c.body for c in receiver.calls] == [payload] * 2
+
+    asyncio.run(go())
+
+
+def test_an_answer_before_the_body_was_sent() -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 202 Accepted\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        writer.close()
+
+    async def go() -> None:
+        server = await asyncio.start_server(early, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with exchange() as http:
+            outcome = await http.send(request(f"http://127.0.0.1:{port}/", b"x" * 20_000_000))
+            assert (outcome.kind, outcome.status) == (OutcomeKind.ANSWERED, 202)
+        server.close()
+
+    asyncio.run(go())
+
+
+def test_a_stale_connection_is_replaced_once_and_said_so() -> None:
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> bool:
+        if call.number == 2:
+            return True  # closes without an answer
+        writer.write(OK)
+        return False
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            assert (await http.send(request(receiver.url))).status == 200
+            outcome = await http.send(request(receiver.url))
+            assert (outcome.status, outcome.resent) == (200, True)
+            assert len(receiver.calls) == 3
+
+    asyncio.run(go())
+
+
+def test_a_fresh_connection_that_closes_is_not_sent_again() -> None:
+    async def handle(_call: Call, _writer: asyncio.StreamWriter) -> bool:
+        return True
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            outcome = await http.send(request(receiver.url))
+            assert (outcome.kind, outcome.sent, outcome.resent) == (OutcomeKind.CONNECTION_LOST, True, False)
+            assert len(receiver.calls) == 1
+
+    asyncio.run(go())
+
+
+def test_an_idle_connection_that_was_closed_is_not_tried() -> None:
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        return True
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            for _ in range(3):
+                outcome = await http.send(request(receiver.url))
+                assert (outcome.status, outcome.resent) == (200, False)
+                await receiver.wait_closed()
+
+    asyncio.run(go())
+
+
+def test_a_second_answer_does_not_answer_the_next_request() -> None:
+    """A receiver that answers twice would mark somebody else's delivery as delivered."""
+
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(500, b"mine") + (OK if call.number == 1 else b""))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            for _ in range(3):
+                assert (await http.send(request(receiver.url))).status == 500
+            async with asyncio.timeout(10):
+                while receiver.connections < 2:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
+def test_bytes_that_come_while_it_is_idle_end_the_connection() -> None:
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(answer(500))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            assert (await http.send(request(receiver.url))).status == 500
+            writers[0].write(OK)
+            await writers[0].drain()
+            assert (await http.send(request(receiver.url))).status == 500
+            assert receiver.connections == 2
+
+    asyncio.run(go())
+
+
+def test_the_deadline_covers_everything() -> None:
+    async def slow_body(_call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        for _ in range(100):
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    async def silent(_call: Call, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async def go() -> None:
+        async with Receiver(slow_body) as dripping, Receiver(silent) as quiet, exchange() as http:
+            begun = time.monotonic()
+            dripped, waited = await asyncio.gather(
+                http.send(request(dripping.url, timeout_s=1.0)), http.send(request(quiet.url, timeout_s=1.0))
+            )
+            assert time.monotonic() - begun < 3
+            assert (dripped.status, dripped.body_truncated) == (200, True)
+            assert (waited.kind, waited.sent, waited.status) == (OutcomeKind.TIMEOUT, True, 0)
+
+    asyncio.run(go())
+
+
+def test_connecting_has_a_time_of_its_own() -> None:
+    async def go() -> None:
+        with socket.socket() as full:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            port = full.getsockname()[1]
+            fillers = [socket.socket() for _ in range(8)]
+            for filler in fillers:
+                filler.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    filler.connect(("127.0.0.1", port))
+            async with exchange() as http:
+                outcome = await http.send(request(f"http://127.0.0.1:{port}/", connect_timeout_s=0.5))
+                assert (outcome.kind, outcome.sent) == (OutcomeKind.CONNECT_TIMEOUT, False)
+                assert outcome.total_ms < 3000
+            for filler in fillers:
+                filler.close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"nonsense\r\n\r\n", OutcomeKind.MALFORMED),
+        (b"HTTP/1.1 abc OK\r\n\r\n", OutcomeKind.MALFORMED),
+        (b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n", OutcomeKind.MALFORMED),
+        (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 20_000 + b"\r\n\r\n", OutcomeKind.MALFORMED),
+        (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 500 + b"\r\n", OutcomeKind.MALFORMED),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50, OutcomeKind.MALFORMED),
+        (
+            b"HTTP/1.1 101 Switching\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
+            OutcomeKind.MALFORMED,
+        ),
+        (b"", OutcomeKind.CONNECTION_LOST),
+        (b"HTTP/1.1 200", OutcomeKind.CONNECTION_LOST),
+    ],
+)
+def test_what_is_no_answer(data: bytes, kind: OutcomeKind) -> None:
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> bool:
+        writer.write(data)
+        return True
+
+    async def go() -> Outcome:
+        async with Receiver(handle) as receiver, exchange() as http:
+            outcome = await http.send(request(receiver.url))
+            assert (await http.send(request(receiver.url))).kind == outcome.kind
+            return outcome
+
+    assert asyncio.run(go()).kind is kind
+
+
+def test_the_guard_sees_every_address_that_is_dialled() -> None:
+    async def go() -> None:
+        async with Receiver() as receiver, exchange(AddressRules()) as http:
+            for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"):
+                outcome = await http.send(request(f"http://{host}:{receiver.port}/"))
+                assert outcome.kind is OutcomeKind.BLOCKED, host
+                assert not outcome.sent
+            assert receiver.connections == 0
+
+    asyncio.run(go())
+
+
+def test_rules_that_change_hold_for_idle_connections_too() -> None:
+    rules = LOOPBACK
+
+    async def go() -> None:
+        nonlocal rules
+        resolver = Resolver(lambda: rules, mono=time.monotonic)
+        http = HttpExchange(resolver, lambda: rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
+        async with Receiver() as receiver:
+            assert (await http.send(request(receiver.url))).status == 200
+            rules = AddressRules()
+            http.connections.drop_idle()
+            assert (await http.send(request(receiver.url))).kind is OutcomeKind.BLOCKED
+        await http.close()
+
+    asyncio.run(go())
+
+
+# TLS.
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA, name: str, **options: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, **options).configure_cert(context)
+    return context
+
+
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def test_tls(authority: trustme.CA) -> None:
+    async def go() -> None:
+        async with (
+            Receiver(context=server_context(authority, "localhost")) as receiver,
+            exchange(context=client_context(authority)) as http,
+        ):
+            outcomes = [await http.send(request(receiver.url)) for _ in range(3)]
+            assert [(o.status, o.reused) for o in outcomes] == [(200, False), (200, True), (200, True)]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("case", ["unknown authority", "another name", "plain server"])
+def test_tls_that_is_not_accepted(authority: trustme.CA, case: str) -> None:
+    async def go() -> None:
+        context = {
+            "unknown authority": server_context(trustme.CA(), "localhost"),
+            "another name": server_context(authority, "other.example"),
+            "plain server": None,
+        }[case]
+        async with Receiver(context=context) as receiver, exchange(context=client_context(authority)) as http:
+            outcome = await http.send(request(f"https://localhost:{receiver.port}/"))
+            assert outcome.kind in (OutcomeKind.TLS_FAILED, OutcomeKind.CONNECT_TIMEOUT), outcome
+            assert not outcome.sent
+            assert "127.0.0.1" not in outcome.reason
+            if case != "plain server":
+                assert outcome.kind is OutcomeKind.TLS_FAILED
+                assert outcome.reason.startswith("the certificate is not accepted")
+
+    asyncio.run(go())
+
+
+# Redirects.
+
+
+def test_redirects_on_the_same_host() -> None:
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(308, location="/there?x=1") if call.path == "/hook" else OK)
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange(redirects="same-host") as http:
+            outcome = await http.send(request(receiver.url, b"body", authorization="Bearer x"))
+            assert (outcome.status, outcome.redirects) == (200, 1)
+            assert receiver.calls[1].path == "/there?x=1"
+            assert receiver.calls[1].body == b"body"
+            assert receiver.calls[1].headers["authorization"] == "Bearer x"
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_redirects_that_would_drop_the_post_are_not_followed(status: int) -> None:
+    async def go() -> None:
+        async with (
+            Receiver(always(answer(status, location="/there"))) as receiver,
+            exchange(redirects="any") as http,
+        ):
+            outcome = await http.send(request(receiver.url))
+            assert outcome.status == status
+            assert "drop the POST" in outcome.reason
+            assert len(receiver.calls) == 1
+
+    asyncio.run(go())
+
+
+def test_redirects_to_another_host_take_no_secrets_along() -> None:
+    async def go() -> None:
+        async with Receiver() as other, Receiver(always(answer(307, location=other.url))) as receiver:
+            async with exchange(redirects="any") as http:
+                outcome = await http.send(request(receiver.url, b"body", authorization="Bearer x"))
+                assert outcome.status == 200
+                assert other.calls[0].body == b"body"
+                assert "authorization" not in other.calls[0].headers
+                assert not [h for h in other.calls[0].headers if h.startswith("webhook-")]
+            async with exchange(redirects="same-host") as http:
+                outcome = await http.send(request(receiver.url))
+                assert (outcome.status, len(other.calls)) == (307, 1)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "location", ["http://10.0.0.1/", "ftp://example.com/", "http://user:pw@127.0.0.1/", "//", "http://[::1"]
+)
+def test_redirects_to_forbidden_places(location: str) -> None:
+    async def go() -> None:
+        async with (
+            Receiver(always(answer(307, location=location))) as receiver,
+            exchange(redirects="any") as http,
+        ):
+            outcome = await http.send(request(receiver.url))
+            assert outcome.kind is OutcomeKind.BLOCKED or outcome.status == 307
+
+    asyncio.run(go())
+
+
+def test_redirects_have_an_end() -> None:
+    async def go() -> None:
+        async with (
+            Receiver(always(answer(307, location="/hook"))) as receiver,
+            exchange(redirects="any") as http,
+        ):
+            outcome = await http.send(request(receiver.url))
+            assert outcome.reason == "too many redirects"
+            assert len(receiver.calls) == 4
+
+    asyncio.run(go())
+
+
+# The contract with ClientSession.
+
+ANSWERS = [
+    b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\nx-trailer: 1\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello",
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\ncontent-length: 10\r\n\r\n",
+    b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nx-a: 1\r\nx-a: 2\r\n\r\n",
+    b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\nHTTP/1.1 201 Created\r\ncontent-length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ncontent-type: text/plain; charset=latin-1\r\n\r\n\xe4\xf6\xfc",
+]
+
+
+@pytest.mark.parametrize("data", ANSWERS)
+@pytest.mark.parametrize("cut", [1, 7, 10_000])
+def test_it_reads_what_client_session_reads(data: bytes, cut: int) -> None:
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> bool:
+        for start in range(0, len(data), cut):
+            writer.write(data[start : start + cut])
+            await writer.drain()
+            await asyncio.sleep(0)
+        return True
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http, aiohttp.ClientSession() as session:
+            async with session.post(receiver.url, data=b"{}", allow_redirects=False) as theirs:
+                body = await theirs.read()
+            ours = await http.send(request(receiver.url))
+            assert ours.status == theirs.status
+            assert ours.body.encode() == body or b"\xe4" in body
+            assert [(n.lower(), v) for n, v in ours.headers] == [
+                (n.lower(), v) for n, v in theirs.headers.items()
+            ]
+
+    asyncio.run(go())
+
+
+def test_many_at_once() -> None:
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.01)
+        writer.write(answer(200, call.body))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            bodies = [str(n).encode() for n in range(2000)]
+            gate = asyncio.Semaphore(200)
+
+            async def one(body: bytes) -> None:
+                async with gate:
+                    outcome = await http.send(request(receiver.url, body, timeout_s=30))
+                    assert outcome.body.encode() == body, "every request has its own answer"
+
+            await asyncio.gather(*(one(body) for body in bodies))
+            assert receiver.connections <= 210
+
+    asyncio.run(go())

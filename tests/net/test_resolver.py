@@ -1,0 +1,206 @@
+"""The resolver against a DNS server that does what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from hookd.core.addresses import AddressRules
+from hookd.net.resolver import Resolver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+A, AAAA = 1, 28
+
+ALLOW = AddressRules(allow=(ipaddress.ip_network("127.0.0.0/8"),))
+
+
+class Dns(asyncio.DatagramProtocol):
+    """A DNS server on loopback."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, int], list[str]] = {}
+        self.ttl = 60
+        self.delay_s = 0.0
+        self.silent = False
+        self.asked: list[tuple[str, int]] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.DatagramTransport", transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        labels, at = [], 12
+        while data[at]:
+            labels.append(data[at + 1 : at + 1 + data[at]].decode().lower())
+            at += 1 + data[at]
+        (kind,) = struct.unpack(">H", data[at + 1 : at + 3])
+        question = data[12 : at + 5]
+        name = ".".join(labels)
+        self.asked.append((name, kind))
+        found = self.records.get((name, kind), [])
+        known = any(key[0] == name for key in self.records)
+        answers = b"".join(
+            b"\xc0\x0c"
+            + struct.pack(">HHIH", kind, 1, self.ttl, 4 if kind == A else 16)
+            + ipaddress.ip_address(a).packed
+            for a in found
+        )
+        flags = 0x8180 if known else 0x8183
+        reply = data[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0) + question + answers
+        if not self.silent:
+            asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
+
+
+def with_dns(
+    test: Callable[[Dns, Callable[..., Resolver]], Coroutine[None, None, None]],
+) -> Callable[[], None]:
+    async def go() -> None:
+        loop = asyncio.get_running_loop()
+        transport, dns = await loop.create_datagram_endpoint(Dns, local_addr=("127.0.0.1", 0))
+        port = transport.get_extra_info("sockname")[1]
+        resolvers: list[Resolver] = []
+
+        def make(rules: AddressRules = ALLOW, mono: Callable[[], float] = time.monotonic) -> Resolver:
+            resolvers.append(Resolver(lambda: rules, nameservers=[f"127.0.0.1:{port}"], mono=mono))
+            return resolvers[-1]
+
+        try:
+            await test(dns, make)
+        finally:
+            for resolver in resolvers:
+                await resolver.close()
+            transport.close()
+
+    def run() -> None:
+        asyncio.run(go())
+
+    run.__name__ = test.__name__
+    run.__doc__ = test.__doc__
+    return run
+
+
+@with_dns
+async def test_both_families_are_asked_and_vetted(dns: Dns, make: Callable[..., Resolver]) -> None:
+    dns.records = {("a.example", A): ["127.0.0.2", "10.0.0.1"], ("a.example", AAAA): ["::1"]}
+    found = await make().resolve("a.example")
+    assert found.addresses == ("127.0.0.2",)
+    assert not found.blocked
+    assert sorted(dns.asked) == [("a.example", A), ("a.example", AAAA)]
+
+
+@with_dns
+async def test_a_name_with_forbidden_addresses_only_is_blocked(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    dns.records = {("a.example", A): ["10.0.0.1"], ("a.example", AAAA): ["fd00::1"]}
+    found = await make().resolve("a.example")
+    assert found.blocked
+    assert "10.0.0.1" not in found.problem
+    assert "10.0.0.1: private" in found.detail
+
+
+@with_dns
+async def test_names_that_do_not_exist(dns: Dns, make: Callable[..., Resolver]) -> None:
+    resolver = make()
+    found = await resolver.resolve("none.example")
+    assert (found.addresses, found.blocked, found.problem) == ((), False, "the name does not exist")
+    await resolver.resolve("none.example")
+    assert len(dns.asked) == 2, "a failure is remembered for a moment"
+
+
+@with_dns
+async def test_the_cache_honours_the_ttl_within_bounds(dns: Dns, make: Callable[..., Resolver]) -> None:
+    now = 0.0
+    resolver = make(mono=lambda: now)
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    dns.ttl = 0
+    await asyncio.gather(*(resolver.resolve("a.example") for _ in range(50)))
+    assert sorted(dns.asked) == [("a.example", A), ("a.example", AAAA)], "asked once, however many wait"
+    dns.asked.clear()
+
+    def asked() -> int:
+        return dns.asked.count(("a.example", A))
+
+    now = 4.9
+    await resolver.resolve("a.example")
+    assert asked() == 0
+    dns.ttl = 10**6
+    now = 5.1
+    await resolver.resolve("a.example")
+    assert asked() == 1
+    now = 5.1 + 299
+    await resolver.resolve("a.example")
+    assert asked() == 1
+    now = 5.1 + 301
+    await resolver.resolve("a.example")
+    assert asked() == 2
+
+
+@with_dns
+async def test_rebinding_is_judged_again(dns: Dns, make: Callable[..., Resolver]) -> None:
+    now = 0.0
+    resolver = make(mono=lambda: now)
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    assert (await resolver.resolve("a.example")).addresses
+    dns.records = {("a.example", A): ["169.254.169.254"]}
+    now = 1000.0
+    assert (await resolver.resolve("a.example")).blocked
+
+
+@with_dns
+async def test_a_channel_that_learned_impatience_is_replaced(dns: Dns, make: Callable[..., Resolver]) -> None:
+    """c-ares gives up after 0.25 s once it has seen thousands of quick answers; a slow name must resolve all the same."""
+    resolver = make()
+    for n in range(1500):
+        dns.records[f"h{n}.example", A] = ["127.0.0.2"]
+    for start in range(0, 1500, 100):
+        await asyncio.gather(*(resolver.resolve(f"h{n}.example") for n in range(start, start + 100)))
+    dns.records["slow.example", A] = ["127.0.0.3"]
+    dns.delay_s = 2.0
+    found = await resolver.resolve("slow.example")
+    assert found.addresses == ("127.0.0.3",), found.problem
+
+
+@with_dns
+async def test_literals_and_localhost_ask_nobody(dns: Dns, make: Callable[..., Resolver]) -> None:
+    resolver = make()
+    assert (await resolver.resolve("127.0.0.1")).addresses == ("127.0.0.1",)
+    assert (await resolver.resolve("10.0.0.1")).blocked
+    assert (await resolver.resolve("localhost")).addresses == ("127.0.0.1",)
+    assert (await resolver.resolve("x.localhost")).addresses == ("127.0.0.1",)
+    assert dns.asked == []
+
+
+def test_without_a_server_it_says_so() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+
+    async def go() -> str:
+        resolver = Resolver(lambda: ALLOW, nameservers=[f"127.0.0.1:{port}"], mono=time.monotonic)
+        try:
+            async with asyncio.timeout(60):
+                return (await resolver.resolve("a.example")).problem
+        finally:
+            await resolver.close()
+
+    assert asyncio.run(go()) in ("no DNS server answers", "the name's servers did not answer")
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example", "-", "é.example"])
+def test_odd_names_raise_nothing(host: str) -> None:
+    async def go() -> None:
+        resolver = Resolver(lambda: ALLOW, nameservers=["127.0.0.1:1"], mono=time.monotonic)
+        try:
+            assert (await resolver.resolve(host)).problem
+        finally:
+            await resolver.close()
+
+    asyncio.run(go())
