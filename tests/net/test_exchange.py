@@ -105,8 +105,11 @@ def test_an_answer_before_the_body_was_sent() -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 202 Accepted\r\ncontent-length: 0\r\n\r\n")
         await writer.drain()
-        await asyncio.sleep(0.2)
-        writer.close()
+        await done.wait()
+        writer.transport.abort()
+        await writer.wait_closed()
+
+    done = asyncio.Event()
 
     async def go() -> None:
         server = await asyncio.start_server(early, "127.0.0.1", 0)
@@ -114,7 +117,9 @@ def test_an_answer_before_the_body_was_sent() -> None:
         async with exchange() as http:
             outcome = await http.send(request(f"http://127.0.0.1:{port}/", b"x" * 20_000_000))
             assert (outcome.kind, outcome.status) == (OutcomeKind.ANSWERED, 202)
+        done.set()
         server.close()
+        await server.wait_closed()
 
     asyncio.run(go())
 
