@@ -445,3 +445,35 @@ def test_the_log_holds_no_secret(dsn: str, start_daemon: Callable[..., DaemonPro
         assert hidden not in text
     with contextlib.suppress(IndexError):
         assert {"delivery_id", "endpoint", "attempt", "event_id"} <= set(daemon.said("attempt failed")[0])
+
+
+def test_a_slow_database_slows_the_sending(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    """While results cannot be written nothing piles up without bound, and nothing is sent twice afterwards."""
+    daemon = start_daemon(HOOKD_LIMITS__CONCURRENCY="0")
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            blocker = await asyncpg.connect(dsn)
+            await blocker.execute("begin")
+            await blocker.execute("lock table hookd.attempt in share mode")
+            await fetch(
+                dsn,
+                "insert into hookd.event (type, payload) select 'a', '1' from generate_series(1, 30000) n",
+            )
+            await receiver.wait_for_calls(100)
+            settled = 0
+            async with asyncio.timeout(30):
+                while settled < 40:  # two seconds without a request: it has stopped
+                    before = len(receiver.calls)
+                    await asyncio.sleep(0.05)
+                    settled = settled + 1 if len(receiver.calls) == before else 0
+            assert len(receiver.calls) <= 5000 + 2000
+            await blocker.execute("rollback")
+            await blocker.close()
+            await wait_empty(dsn, deadline_s=100)
+            arrived = [c.event_id for c in receiver.calls]
+            assert len(arrived) == len(set(arrived)) == 30000
+
+    asyncio.run(go())
+    assert not daemon.said("internal error")

@@ -74,6 +74,29 @@ def test_the_libraries_are_as_they_were_checked() -> None:
     assert check_parts() == []
 
 
+@pytest.mark.parametrize(
+    ("package", "installed"),
+    [("aiohttp", "3.14.3"), ("aiohttp", "3.15.0"), ("pycares", "5.0.1"), ("yarl", "1.20.0")],
+)
+def test_old_and_unknown_libraries_are_refused(
+    monkeypatch: pytest.MonkeyPatch, package: str, installed: str
+) -> None:
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: installed if name == package else real(name)
+    )
+    assert any(package in problem and installed in problem for problem in check_parts())
+
+
+def test_a_missing_c_parser_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiohttp import http_parser
+
+    monkeypatch.setattr(http_parser, "HttpResponseParser", http_parser.HttpResponseParserPy)
+    assert any("C parser" in problem for problem in check_parts())
+
+
 def test_a_connection_is_used_again() -> None:
     async def go() -> None:
         async with Receiver() as receiver, exchange() as http:
