@@ -36,7 +36,7 @@ from hookd.feed import Feed
 from hookd.logs import Throttle
 from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
-from hookd.postgres.connect import Database, DatabaseUnavailable
+from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
 from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
@@ -201,7 +201,7 @@ class Daemon:
         while True:
             try:
                 await self._tenure()
-            except* DatabaseUnavailable as group:
+            except* (DatabaseUnavailable, DatabaseRefused) as group:
                 delay = RECONNECT_FIRST_S if self.ready.is_set() else min(RECONNECT_MOST_S, delay * 2)
                 self.ready.clear()
                 if not self._database_lost:
@@ -388,10 +388,12 @@ class Daemon:
         kind, verdict = result.verdict.kind, result.verdict
         if kind is VerdictKind.DELIVERED and self.config.log.level != "debug":
             return
+        endpoint = self.dispatcher.served(result.endpoint_key)
         about = {
             "delivery_id": result.delivery.id,
             "event_id": str(result.delivery.event.id),
-            "endpoint": result.endpoint_key,
+            "endpoint_id": str(endpoint.id) if endpoint is not None else None,
+            "host": endpoint.host if endpoint is not None else None,
             "attempt": result.delivery.attempt + (result.outcome is not None),
         }
         if kind is VerdictKind.DELIVERED:
@@ -416,7 +418,7 @@ class Daemon:
         log.info("partition", did=what, name=name)
 
 
-def _first(group: BaseExceptionGroup[DatabaseUnavailable]) -> str:
+def _first(group: BaseExceptionGroup) -> str:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

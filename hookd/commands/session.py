@@ -78,7 +78,9 @@ def database_of(config: Config) -> Iterator[Database]:
         raise Failed(str(error)) from None
     try:
         yield Database(
-            server.connection_arguments(), f"embedded PostgreSQL {server.binaries.version} in {server.home}"
+            server.connection_arguments(),
+            f"embedded PostgreSQL {server.binaries.version} in {server.home}",
+            revive=server.revive,
         )
     finally:
         server.leave()

@@ -51,11 +51,12 @@ def prepare_head(target: Target, headers: Mapping[str, str], *, user_agent: str,
         "content-type": content_type,
         "accept": "*/*",
         "accept-encoding": "identity",
+        "user-agent": user_agent,
     }
-    if not any(name.lower() == "user-agent" for name in headers):
-        own["user-agent"] = user_agent
+    chosen = {name.lower() for name in headers}
     lines = [f"POST {target.path_and_query} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in (*own.items(), *headers.items())]
+    lines += [f"{name}: {value}" for name, value in own.items() if name not in chosen]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     return "".join(line + "\r\n" for line in lines).encode("ascii")
 
 

@@ -7,14 +7,18 @@ a writable node) is checked there, once, with a message that says what to do.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LEAST_VERSION = 14
 
@@ -37,6 +41,7 @@ RETRYABLE = (
     asyncpg.ReadOnlySQLTransactionError,  # a failover left us on the standby
     asyncpg.TransactionRollbackError,  # deadlock: the session starts over
     asyncpg.exceptions.TargetServerAttributeNotMatched,
+    asyncpg.InternalClientError,  # its protocol lost track, as it does when the server ends an idle session
     OSError,
     TimeoutError,
     EOFError,
@@ -72,6 +77,8 @@ class Database:
     arguments: dict[str, Any] = field(repr=False)
     described: str
     password_file: str = ""
+    revive: Callable[[], None] | None = field(default=None, repr=False)
+    """Starts the server again where it is ours to start; called when it cannot be reached."""
 
     @classmethod
     def named(cls, dsn: str, password_file: str = "") -> Database:
@@ -111,6 +118,8 @@ class Database:
             problem = unavailable(error)
             if problem is None:
                 raise
+            if self.revive is not None:
+                await asyncio.to_thread(self.revive)
             raise DatabaseUnavailable(f"{self.described}: {problem}") from None
         try:
             await self._prepare(connection)

@@ -147,6 +147,17 @@ class EmbeddedServer:
                 raise
             self._users = users
 
+    def revive(self) -> None:
+        """
+        Start it again if it died under its users.
+
+        Raises:
+            EmbeddedProblem: it does not start.
+        """
+        with self._start_lock():
+            if not self.running():
+                self._start()
+
     def leave(self) -> bool:
         """Use it no more; the last user stops it.  Returns whether it was stopped."""
         users, self._users = self._users, None

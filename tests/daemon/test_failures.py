@@ -354,3 +354,58 @@ async def test_a_blocked_address_is_not_dialled(dsn: str) -> None:
     assert {a["outcome"] for a in attempts} == {"blocked"}
     assert not any(a["sent"] for a in attempts)
     assert await state_of(dsn, event) == ("exhausted", "the address is not allowed")
+
+
+@scenario
+async def test_an_events_own_bad_header_ends_that_event_alone(dsn: str) -> None:
+    async with Receiver() as receiver:
+        await add_endpoint_with_id(dsn, receiver.url)
+        bad = await send(dsn, headers='{"host": "evil.example"}')
+        good = await send(dsn, headers='{"x-trace": "1"}')
+        await wait_empty(dsn)
+        state, reason = await state_of(dsn, bad)
+        assert state == "exhausted"
+        assert "set by hookd" in str(reason)
+        assert [c.event_id for c in receiver.calls] == [good]
+
+
+def test_nothing_but_failures_disables(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon(
+        HOOKD_RETRY__SCHEDULE='["50ms", "50ms", "600ms", "50ms", "50ms"]', HOOKD_RETRY__DISABLE_AFTER="500ms"
+    )
+
+    async def go() -> None:
+        async with Receiver(always(answer(500))) as receiver:
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            await send(dsn)
+            await wait_empty(dsn)
+            (row,) = await fetch(
+                dsn, "select state, state_reason, failing_since from hookd.endpoint where id = $1", endpoint
+            )
+            assert row["state"] == "disabled"
+            assert row["state_reason"].startswith("nothing but failures for")
+            assert row["failing_since"] is not None
+            assert len(receiver.calls) == 4
+
+    asyncio.run(go())
+
+
+def test_a_success_in_between_does_not(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    start_daemon(
+        HOOKD_RETRY__SCHEDULE='["50ms", "50ms", "600ms", "50ms"]', HOOKD_RETRY__DISABLE_AFTER="500ms"
+    )
+
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK if call.number == 3 else answer(500))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver:
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            await send(dsn)
+            await wait_empty(dsn)
+            (row,) = await fetch(
+                dsn, "select state, failing_since from hookd.endpoint where id = $1", endpoint
+            )
+            assert tuple(row) == ("active", None)
+
+    asyncio.run(go())

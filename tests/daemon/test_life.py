@@ -444,7 +444,9 @@ def test_the_log_holds_no_secret(dsn: str, start_daemon: Callable[..., DaemonPro
     for hidden in (secret, secret.removeprefix("whsec_"), "hidden-token", "hidden-payload"):
         assert hidden not in text
     with contextlib.suppress(IndexError):
-        assert {"delivery_id", "endpoint", "attempt", "event_id"} <= set(daemon.said("attempt failed")[0])
+        assert {"delivery_id", "endpoint_id", "host", "attempt", "event_id"} <= set(
+            daemon.said("attempt failed")[0]
+        )
 
 
 def test_a_slow_database_slows_the_sending(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:

@@ -1,0 +1,145 @@
+"""Settling: once for each row, whatever is lost on the way, and only by the owner."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from hookd.clock import SystemClock
+from hookd.core.model import (
+    Delivery,
+    DeliveryId,
+    EndpointKey,
+    Event,
+    Outcome,
+    OutcomeKind,
+    Result,
+    Verdict,
+    VerdictKind,
+)
+from hookd.postgres.connect import DatabaseUnavailable
+from hookd.postgres.owner import BadBatch, OwnerSession
+from tests.producing import add_endpoint, fetch, send
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+VERDICTS = {
+    VerdictKind.DELIVERED: Verdict(VerdictKind.DELIVERED),
+    VerdictKind.RETRY: Verdict(VerdictKind.RETRY, "answered 500", delay_s=60.0, endpoint_failed=True),
+    VerdictKind.EXHAUSTED: Verdict(VerdictKind.EXHAUSTED, "answered 500", endpoint_failed=True),
+}
+
+
+def run(dsn: str, work: Callable[[OwnerSession], Awaitable[None]]) -> None:
+    async def go() -> None:
+        owner = OwnerSession(await asyncpg.connect(dsn), SystemClock())
+        try:
+            await owner.acquire()
+            await work(owner)
+        finally:
+            await owner.close()
+
+    asyncio.run(go())
+
+
+async def pending(dsn: str) -> list[Delivery]:
+    rows = await fetch(
+        dsn,
+        "select d.*, v.payload from hookd.delivery d join hookd.event v on v.id = d.event_id order by d.id",
+    )
+    return [
+        Delivery(
+            DeliveryId(r["id"]),
+            EndpointKey(r["endpoint"]),
+            Event(r["event_id"], "a", "default", b"{}", 0.0),
+            r["attempt"],
+            r["shard"],
+        )
+        for r in rows
+    ]
+
+
+def result(delivery: Delivery, kind: VerdictKind = VerdictKind.DELIVERED, **outcome: Any) -> Result:
+    found = Outcome(OutcomeKind.ANSWERED, sent=True, status=200, started_at=1.0, **outcome)
+    return Result(delivery, delivery.endpoint, found, VERDICTS[kind], written_wall=1.0)
+
+
+@pytest.mark.parametrize("kind", list(VERDICTS))
+def test_a_batch_that_is_settled_twice_counts_once(dsn: str, kind: VerdictKind) -> None:
+    """The answer to a COMMIT was lost: the same batch is simply run again."""
+
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        for _ in range(5):
+            await send(dsn)
+        batch = [result(d, kind) for d in await pending(dsn)]
+        first = await owner.settle(batch)
+        assert len(first.ids) == 5
+        again = await owner.settle(batch)
+        assert again.ids == set()
+        (row,) = await fetch(dsn, "select count(*) from hookd.attempt")
+        assert row["count"] == 5
+        left = await pending(dsn)
+        assert [d.attempt for d in left] == ([1] * 5 if kind is VerdictKind.RETRY else [])
+        (row,) = await fetch(dsn, "select count(*) from hookd.dead_letter")
+        assert row["count"] == (5 if kind is VerdictKind.EXHAUSTED else 0)
+
+    run(dsn, work)
+
+
+def test_only_one_owns_a_shard(dsn: str) -> None:
+    async def work(owner: OwnerSession) -> None:
+        assert len(owner.shards) == 64
+        assert owner.owns_all
+        other = OwnerSession(await asyncpg.connect(dsn), SystemClock())
+        assert await other.acquire() == set()
+        assert not other.owns_all
+        await owner.close()
+        async with asyncio.timeout(10):
+            while not await other.acquire():
+                await asyncio.sleep(0.01)
+        assert len(other.shards) == 64
+        await other.close()
+
+    run(dsn, work)
+
+
+def test_data_that_postgresql_refuses_is_said_to_be_data(dsn: str) -> None:
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        await send(dsn)
+        (delivery,) = await pending(dsn)
+        for hostile in ("nul \x00", "surrogate \ud800"):
+            with pytest.raises(BadBatch):
+                await owner.settle([result(delivery, body=hostile)])
+        assert len(await pending(dsn)) == 1, "nothing was written"
+        assert (await owner.settle([result(delivery, body="fine")])).ids == {delivery.id}
+
+    run(dsn, work)
+
+
+def test_what_an_owner_without_its_session_had_in_hand_is_not_settled(dsn: str) -> None:
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        await send(dsn)
+        (delivery,) = await pending(dsn)
+        await fetch(dsn, "select pg_terminate_backend($1)", owner.backend)
+        with pytest.raises(DatabaseUnavailable):
+            await owner.settle([result(delivery)])
+        assert not owner.trusted(SystemClock().mono())
+        assert len(await pending(dsn)) == 1
+
+    run(dsn, work)
+
+
+def test_an_old_answer_does_not_vouch(dsn: str) -> None:
+    async def work(owner: OwnerSession) -> None:
+        now = SystemClock().mono()
+        assert owner.trusted(now)
+        assert not owner.trusted(now + 2.5)
+
+    run(dsn, work)
