@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hookd.config import Config
-    from hookd.core.model import Result
+    from hookd.core.model import Delivery, Result
 
 log = structlog.get_logger("hookd")
 
@@ -126,6 +126,7 @@ class Daemon:
             vouched=self._vouched,
             room=self._room,
             report=self._reported,
+            fault=self._faulty,
         )
 
     # Life.
@@ -404,6 +405,10 @@ class Daemon:
             if kind is VerdictKind.RETRY:
                 about["retry_in_s"] = round(verdict.delay_s, 1)
             log.info("attempt failed", verdict=kind.value, reason=verdict.reason, **about)
+
+    @staticmethod
+    def _faulty(delivery: Delivery, error: Exception) -> None:
+        log.error("internal error in an exchange; it is tried again", delivery_id=delivery.id, exc_info=error)
 
     def _unstorable(self, problem: str, result: Result) -> None:
         log.error(

@@ -91,8 +91,12 @@ class Dispatcher:
         vouched: Callable[[], bool],
         room: Callable[[], None],
         report: Callable[[Result], None],
+        fault: Callable[[Delivery, Exception], None],
     ) -> None:
-        """``vouched``: the locks are held; ``room``: the lanes gave something away; ``report``: an attempt ended."""
+        """
+        ``vouched``: the locks are held; ``room``: the lanes gave something away; ``report``: an attempt ended;
+        ``fault``: the exchange raised, which is a fault of ours.
+        """
         self._lanes = lanes
         self._exchange = exchange
         self._recorder = recorder
@@ -104,6 +108,7 @@ class Dispatcher:
         self.vouched = vouched
         self.room = room
         self._report = report
+        self._fault = fault
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
         self._in_flight: dict[DeliveryId, tuple[Delivery, str, asyncio.Task[None]]] = {}
@@ -203,8 +208,10 @@ class Dispatcher:
         free = self.max_in_flight - len(self._in_flight)
         if free > 0:
             ready = self._lanes.ready(now, free)
-            for delivery in ready:
-                self._start(delivery)
+            under_way = sum([self._start(delivery) for delivery in ready])
+            if under_way < len(ready):
+                # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
+                self.poke()
             if ready:
                 self.room()
         wake_at = self._lanes.next_wake(now)
@@ -225,14 +232,15 @@ class Dispatcher:
 
     # Attempts.
 
-    def _start(self, delivery: Delivery) -> None:
+    def _start(self, delivery: Delivery) -> bool:
+        """Whether an exchange is under way; else the delivery has ended already."""
         endpoint = self._endpoints[delivery.endpoint]
         wall = self._clock.wall()
         verdict = ending(delivery, endpoint, wall)
         if verdict is not None:
             self._lanes.finished(delivery, verdict, self._clock.mono())
             self._end(delivery, verdict)
-            return
+            return False
         preparer = self._preparers.get(endpoint.key)
         if preparer is None:
             preparer = self._preparers[endpoint.key] = self._compose(endpoint)
@@ -241,9 +249,10 @@ class Dispatcher:
         except ValueError as problem:
             outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
             self._judge(delivery, outcome)
-            return
+            return False
         task = self._loop.create_task(self._attempt(delivery, request, wall))
         self._in_flight[delivery.id] = (delivery, endpoint.host, task)
+        return True
 
     async def _attempt(self, delivery: Delivery, request: Request, wall: float) -> None:
         try:
@@ -252,6 +261,9 @@ class Dispatcher:
             self._in_flight.pop(delivery.id, None)
             self._landed.set()
             raise
+        except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
+            self._fault(delivery, error)
+            outcome = Outcome(OutcomeKind.OURS, reason="an internal error")
         del self._in_flight[delivery.id]
         outcome.started_at = wall
         self._judge(delivery, outcome)

@@ -1,0 +1,205 @@
+"""The dispatcher with an exchange that does what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from hookd.clock import SystemClock, SystemDice
+from hookd.core.lanes import Lanes
+from hookd.core.model import (
+    Delivery,
+    DeliveryId,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Event,
+    HostLimits,
+    Outcome,
+    OutcomeKind,
+    Result,
+    RetryPolicy,
+    VerdictKind,
+)
+from hookd.core.request import InvalidRequest, Request
+from hookd.dispatcher import Dispatcher
+from hookd.recorder import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a/", "a:80", 0)
+
+
+class Preparer:
+    def compose(self, delivery: Delivery, timestamp: int) -> Request:
+        if delivery.event.type == "poison":
+            raise InvalidRequest("a header is wrong")
+        return None  # type: ignore[return-value]
+
+
+class Exchange:
+    def __init__(self, *script: Outcome | Exception) -> None:
+        self.script = list(script)
+        self.sent = 0
+        self.hold: asyncio.Event | None = None
+
+    async def send(self, request: Request) -> Outcome:
+        self.sent += 1
+        if self.hold is not None:
+            await self.hold.wait()
+        await asyncio.sleep(0)
+        step = self.script.pop(0) if self.script else Outcome(OutcomeKind.ANSWERED, sent=True, status=200)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+
+class Bench:
+    def __init__(self, exchange: Exchange, **more: object) -> None:
+        self.exchange = exchange
+        self.results: list[Result] = []
+        self.faults: list[Exception] = []
+        self.vouched = True
+        self.recorder = Recorder(SystemClock(), refused=KeyError, report=lambda *_: None)
+        self.dispatcher = Dispatcher(
+            Lanes(HostLimits(concurrency=2), {}),
+            exchange,
+            self.recorder,
+            lambda _: Preparer(),
+            RetryPolicy(),
+            SystemClock(),
+            SystemDice(1),
+            max_in_flight=10,
+            vouched=lambda: self.vouched,
+            room=lambda: None,
+            report=self.results.append,
+            fault=lambda _, error: self.faults.append(error),
+        )
+        self.dispatcher.serve(ENDPOINT)
+
+    def admit(self, number: int, type_: str = "a") -> None:
+        self.dispatcher.admit(
+            Delivery(DeliveryId(number), ENDPOINT.key, Event(UUID(int=2), type_, "t", b"{}", 0.0), 0, 0)
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+def test_a_fault_of_ours_costs_neither_slot_nor_delivery() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange(RuntimeError("bug"), RuntimeError("bug")))
+        for n in range(4):
+            bench.admit(n)
+        await bench.until(lambda: len(bench.results) == 4)
+        assert len(bench.faults) == 2
+        assert {r.verdict.kind for r in bench.results} == {VerdictKind.DELIVERED}
+        assert {r.delivery.attempt for r in bench.results} == {0}, "no attempt was used up"
+        assert bench.dispatcher.in_flight() == []
+
+    asyncio.run(go())
+
+
+def test_poison_ends_alone() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        bench.admit(1, "poison")
+        bench.admit(2)
+        await bench.until(lambda: len(bench.results) == 2)
+        kinds = {int(r.delivery.id): r.verdict.kind for r in bench.results}
+        assert kinds == {1: VerdictKind.EXHAUSTED, 2: VerdictKind.DELIVERED}
+        assert bench.exchange.sent == 1
+
+    asyncio.run(go())
+
+
+def test_many_poisoned_ones_do_not_stop_their_lane() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        for n in range(50):
+            bench.admit(n, "poison")
+        bench.admit(99)
+        await bench.until(lambda: len(bench.results) == 51)
+        assert bench.exchange.sent == 1
+
+    asyncio.run(go())
+
+
+def test_nothing_starts_while_the_locks_are_not_vouched_for() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        bench.vouched = False
+        bench.admit(1)
+        await asyncio.sleep(0.15)
+        assert bench.exchange.sent == 0
+        bench.vouched = True
+        await bench.until(lambda: len(bench.results) == 1)
+
+    asyncio.run(go())
+
+
+def test_nothing_starts_while_the_recorder_is_backed_up() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        for n in range(5000):
+            delivery = Delivery(
+                DeliveryId(n + 100), ENDPOINT.key, Event(UUID(int=2), "a", "t", b"{}", 0.0), 0, 0
+            )
+            bench.recorder.add(Result(delivery, ENDPOINT.key, None, None))  # type: ignore[arg-type]
+        bench.admit(1)
+        await asyncio.sleep(0.15)
+        assert bench.exchange.sent == 0
+
+    asyncio.run(go())
+
+
+def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
+    from dataclasses import replace
+
+    async def go() -> None:
+        bench = Bench(Exchange(Outcome(OutcomeKind.ANSWERED, sent=True, status=410)))
+        for n in range(6):
+            bench.admit(n)
+        await bench.until(lambda: len(bench.results) == 6)
+        assert bench.exchange.sent <= 2, "what was in flight"
+        bench.dispatcher.serve(replace(ENDPOINT, state=EndpointState.REMOVED))
+        bench.admit(9)
+        assert bench.results[-1].verdict.kind is VerdictKind.CANCELLED
+
+    asyncio.run(go())
+
+
+def test_a_drain_waits_and_then_cuts_off() -> None:
+    async def go() -> None:
+        exchange = Exchange()
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        for n in range(5):
+            bench.admit(n)
+        await bench.until(lambda: exchange.sent == 2)
+        draining = asyncio.create_task(bench.dispatcher.drain(10))
+        await asyncio.sleep(0.02)
+        assert not draining.done()
+        exchange.hold.set()
+        assert await draining == 0
+        assert exchange.sent == 2, "no new exchange"
+        assert len(bench.results) == 2
+
+    asyncio.run(go())
+
+
+def test_a_drain_without_grace() -> None:
+    async def go() -> None:
+        exchange = Exchange()
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        assert await bench.dispatcher.drain(0) == 1
+        assert bench.results == [], "it stays in the queue"
+
+    asyncio.run(go())
