@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from hookd.core.histogram import Histogram
@@ -126,7 +127,7 @@ class Recorder:
                 self._came.clear()
                 await self._came.wait()
             await self._linger(until_empty=until_empty)
-            batch = [self._results[n] for n in range(min(len(self._results), BATCH_MOST))]
+            batch = list(islice(self._results, BATCH_MOST))
             await self._settle(batch, ledger, followers)
             for _ in batch:
                 self._results.popleft()
