@@ -355,7 +355,7 @@ class Daemon:
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
-        states = dict.fromkeys(("ready", "rate", "concurrency", "hold", "idle"), 0)
+        states = dict.fromkeys(("ready", "rate", "concurrency", "hold", "breaker", "idle"), 0)
         for lane in self.lanes.snapshot(self._clock.mono()):
             states[lane.why] = states.get(lane.why, 0) + 1
         return states

@@ -22,6 +22,8 @@ from hookd.commands.session import Failed, print_table
 if TYPE_CHECKING:
     import asyncpg
 
+    from hookd.net.receiver import Receiver
+
 EVENTS = 8
 EVERY_S = 0.4
 DEADLINE_S = 60.0
@@ -37,8 +39,8 @@ class Part:
     name: str
     story: str
     manners: dict[str, Any] = field(default_factory=dict)
-    """None listens where ``port`` is refused."""
-    listens: bool = True
+    away_s: float = 0.0
+    """Nobody listens for so long after the first event."""
 
 
 CAST = (
@@ -51,7 +53,8 @@ CAST = (
         {"status": 429, "headers": {"Retry-After": "1"}, "relents_after": 3},
     ),
     Part("gone", "answers 410: wants no more", {"status": 410}),
-    Part("down", "nobody listens", listens=False),
+    Part("wrong", "answers 404, whatever comes", {"status": 404}),
+    Part("away", "nobody listens for four seconds", away_s=4.0),
 )
 
 
@@ -60,7 +63,7 @@ def demo() -> None:
     """
     Receivers good and bad, a stream of events, and what becomes of them.
 
-    Everything is its own and temporary: a PostgreSQL, a daemon, six receivers on loopback.  It takes about 15 seconds.
+    Everything is its own and temporary: a PostgreSQL, a daemon, seven receivers on loopback.  It takes about ten seconds.
     """
     with tempfile.TemporaryDirectory(prefix="hookd-demo-") as folder:
         Path(folder).chmod(0o755)
@@ -78,21 +81,26 @@ async def _play(folder: Path) -> None:
         try:
             await bring_up_to_date(connection, config)
             async with contextlib.AsyncExitStack() as stack:
-                names = await _cast(connection, stack)
+                names, away = await _cast(connection, stack)
                 await stack.enter_async_context(_daemon(folder))
+                back = asyncio.create_task(_come_back(away, stack))
                 await _stream(connection, names)
+                await back
                 await _epilogue(connection, names)
         finally:
             connection.terminate()
 
 
-async def _cast(connection: asyncpg.Connection, stack: contextlib.AsyncExitStack) -> dict[Any, Part]:
-    """Start the receivers and register them; returns which endpoint is whose."""
+async def _cast(
+    connection: asyncpg.Connection, stack: contextlib.AsyncExitStack
+) -> tuple[dict[Any, Part], list[tuple[float, Receiver, int]]]:
+    """Start the receivers and register them; returns which endpoint is whose, and who comes back when, on which port."""
     from hookd.core.signing import new_secret  # noqa: PLC0415 - not for --help
     from hookd.net.receiver import Manners, Receiver  # noqa: PLC0415
     from hookd.postgres import registry  # noqa: PLC0415
 
     names = {}
+    away = []
     dice = random.Random(3)  # noqa: S311 - decides which request fails
     for part in CAST:
         secret = new_secret(secrets.token_bytes(32))
@@ -100,15 +108,24 @@ async def _cast(connection: asyncpg.Connection, stack: contextlib.AsyncExitStack
             Manners(**part.manners), [secret.reveal()], lambda _: None, wall=time.time, draw=dice.random
         )
         port = await receiver.start(0)
-        if part.listens:
-            stack.push_async_callback(receiver.stop)
-        else:
+        if part.away_s:
             await receiver.stop()
+            away.append((part.away_s, receiver, port))
+        else:
+            stack.push_async_callback(receiver.stop)
         host = f"127.0.0.1:{port}"
         change = registry.EndpointChange(url=f"http://{host}/{part.name}", host=host)
         record = await registry.add(connection, "default", change, secret)
         names[record.id] = part
-    return names
+    return names, away
+
+
+async def _come_back(away: list[tuple[float, Receiver, int]], stack: contextlib.AsyncExitStack) -> None:
+    begun = time.monotonic()
+    for after_s, receiver, port in away:
+        await asyncio.sleep(begun + after_s - time.monotonic())
+        await receiver.start(port)
+        stack.push_async_callback(receiver.stop)
 
 
 @contextlib.asynccontextmanager
@@ -204,7 +221,7 @@ async def _epilogue(connection: asyncpg.Connection, names: dict[Any, Part]) -> N
     )  # fmt: skip
     dead = await connection.fetchrow(
         """select l.event_id, l.delivery_id from hookd.dead_letter l join hookd.endpoint e on e.key = l.endpoint
-            where e.url like '%/down' limit 1"""
+            where e.url like '%/wrong' limit 1"""
     )
     if dead is not None:
         (explained,) = await history.explain(connection, dead["event_id"], dead["delivery_id"])

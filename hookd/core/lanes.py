@@ -103,9 +103,10 @@ class LaneState:
     """The configured one; 0 for none."""
     rate: float
     held_s: float
+    """Until the next exchange may start, where it is held or its breaker is open."""
     waiting: int
     why: str
-    """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``; ``idle`` when none does."""
+    """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``; ``idle`` when none does."""
 
 
 class Lanes:
@@ -181,13 +182,17 @@ class Lanes:
         queue, started_mono = self._in_flight.pop(delivery.id)
         lane = queue.lane
         success = verdict.kind is VerdictKind.DELIVERED
+        was_open = lane.gate.breaker.open
         lane.gate.finished(
             now,
             started_mono=started_mono,
             slower=verdict.slow_lane,
             success=success,
             hold_s=verdict.hold_lane_s,
+            host=verdict.host,
         )
+        if was_open and not lane.gate.breaker.open:
+            lane.alarm = None  # that of the next probe
         if queue.gate is not None:
             queue.gate.finished(now, started_mono=started_mono, slower=False, success=success, hold_s=0.0)
             if queue.blocked and queue.gate.permitted_at() <= now:
@@ -287,12 +292,16 @@ class Lanes:
                 concurrency=int(min(lane.gate.limit, self.share)),
                 cap=0 if lane.gate.cap == NEVER else int(lane.gate.cap),
                 rate=lane.gate.rate,
-                held_s=max(0.0, lane.gate.hold_until - now),
+                held_s=max(
+                    0.0,
+                    lane.gate.hold_until - now,
+                    lane.gate.breaker.probe_at - now if lane.gate.breaker.open else 0,
+                ),
                 waiting=lane.waiting,
                 why=self._why(lane, now),
             )
             for lane in self._lanes.values()
-            if lane.waiting or lane.gate.in_flight or lane.gate.hold_until > now
+            if lane.waiting or lane.gate.in_flight or lane.gate.hold_until > now or lane.gate.breaker.open
         ]
 
     def _why(self, lane: _Lane, now: float) -> str:
@@ -300,6 +309,8 @@ class Lanes:
             return "idle"
         if lane.gate.hold_until > now:
             return "hold"
+        if lane.gate.breaker.open:
+            return "breaker"
         if lane.gate.permitted_at() > now:
             return "rate"
         if not self._has_slot(lane):

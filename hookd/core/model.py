@@ -211,6 +211,16 @@ class VerdictKind(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+class HostSign(enum.Enum):
+    """What an exchange says of the host."""
+
+    NOTHING = enum.auto()
+    ALIVE = enum.auto()
+    """It answered, whatever it answered."""
+    DOWN = enum.auto()
+    """No answer, 429 or 503."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The consequence of an outcome for its delivery, its endpoint and its lane."""
@@ -227,6 +237,8 @@ class Verdict:
     """The host asks for less: 429, 502, 503, 504, time-outs, connection errors."""
     hold_lane_s: float = 0.0
     """Nothing goes to the host for so long (``Retry-After``)."""
+    host: HostSign = HostSign.NOTHING
+    """What it says of the host, for its circuit breaker."""
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hookd.core.model import EndpointState, OutcomeKind, Verdict, VerdictKind
+from hookd.core.model import EndpointState, HostSign, OutcomeKind, Verdict, VerdictKind
 
 if TYPE_CHECKING:
     from hookd.core.model import Delivery, Endpoint, Outcome, RetryPolicy
@@ -70,7 +70,19 @@ BY_STATUS = {
 """Any 2xx is delivered, whatever the body says; any other status is retried."""
 
 HOLDING = frozenset({429, 503})
-"""Whose Retry-After speaks for the whole host."""
+"""Whose Retry-After speaks for the whole host, and which count as no answer for its circuit breaker."""
+
+UNANSWERED = frozenset(
+    {
+        OutcomeKind.CONNECT_REFUSED,
+        OutcomeKind.CONNECT_TIMEOUT,
+        OutcomeKind.CONNECT_FAILED,
+        OutcomeKind.DNS_FAILED,
+        OutcomeKind.TLS_FAILED,
+        OutcomeKind.TIMEOUT,
+        OutcomeKind.CONNECTION_LOST,
+    }
+)
 
 
 def consequence(outcome: Outcome) -> Consequence:
@@ -98,18 +110,31 @@ def judge(
             return Verdict(VerdictKind.HOLD, describe(outcome), delay_s=OURS_DELAY_S * (0.5 + draw))
         case Consequence.GONE:
             return Verdict(
-                VerdictKind.EXHAUSTED, "answered 410 Gone", disable="answered 410 Gone", endpoint_failed=True
+                VerdictKind.EXHAUSTED,
+                "answered 410 Gone",
+                disable="answered 410 Gone",
+                endpoint_failed=True,
+                host=HostSign.ALIVE,
             )
         case Consequence.HOPELESS:
             return Verdict(VerdictKind.EXHAUSTED, describe(outcome))
         case Consequence.RETRY | Consequence.RETRY_SLOWER:
             return _retry(
-                _Failure(describe(outcome), slow=kind is Consequence.RETRY_SLOWER, asked_s=_asked(outcome, now), holds=outcome.status in HOLDING),
+                _Failure(describe(outcome), slow=kind is Consequence.RETRY_SLOWER, asked_s=_asked(outcome, now), holds=outcome.status in HOLDING, host=host_sign(outcome)),
                 delivery, endpoint, policy, now, draw,
             )  # fmt: skip
 
 
-_DELIVERED = Verdict(VerdictKind.DELIVERED)
+_DELIVERED = Verdict(VerdictKind.DELIVERED, host=HostSign.ALIVE)
+
+
+def host_sign(outcome: Outcome) -> HostSign:
+    """What an outcome says of the host."""
+    if outcome.kind is OutcomeKind.ANSWERED:
+        return HostSign.DOWN if outcome.status in HOLDING else HostSign.ALIVE
+    if outcome.kind is OutcomeKind.MALFORMED:
+        return HostSign.ALIVE
+    return HostSign.DOWN if outcome.kind in UNANSWERED else HostSign.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +143,7 @@ class _Failure:
     slow: bool
     asked_s: float
     holds: bool
+    host: HostSign
 
 
 def _retry(
@@ -132,6 +158,7 @@ def _retry(
             endpoint_failed=True,
             slow_lane=failure.slow,
             hold_lane_s=min(failure.asked_s, HOLD_LANE_MOST_S) if failure.holds else 0.0,
+            host=failure.host,
         )
 
     if delivery.attempt >= len(policy.schedule_s):

@@ -328,6 +328,7 @@ def why_pending(row: Mapping[str, Any], nodes: list[dict[str, Any]]) -> str:
 LANE_SENTENCES = {
     "rate": "it waits for its host's rate limit ({rate:g}/s)",
     "concurrency": "it waits for its host's concurrency ({in_flight} of {concurrency} in flight)",
+    "breaker": "its host does not answer; the next probe goes in {held_s:.0f} s",
     "hold": "its host asked to be left alone for {held_s:.0f} s more (Retry-After)",
 }
 
