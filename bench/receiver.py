@@ -1,10 +1,22 @@
 """
-A lean receiver: answers every POST with an empty 200, and nothing else; about 15 µs of CPU a request.
+A lean receiver: answers every POST with an empty 200 in about 15 µs of CPU, or misbehaves as the path says.
 
     python bench/receiver.py PORTS
 
-listens on so many ports of 127.0.0.1 and prints them as JSON.  ``GET /stats`` says how many requests came, when the first
-and the last did (monotonic clock), and when each ``webhook-id`` of a ``/timed`` path did; it resets them.
+listens on so many ports of 127.0.0.1 and prints them as JSON.
+
+| path | does |
+| --- | --- |
+| ``/timed`` | 200; notes when each ``webhook-id`` came |
+| ``/lag`` | 200; notes how long ago the payload's ``"at"`` was (wall clock) |
+| ``/paced?ms=N`` | 200 after N ms; notes when each request of each host came, and how many were under way at once |
+| ``/later?s=N`` | 200 after N seconds |
+| ``/aside`` | 200; is not counted |
+| ``/hole`` | never answers |
+| ``/fail`` | 500 |
+| ``/drip`` | an answer's head at one byte a second |
+
+``GET /stats`` says what came since it was asked last, on the monotonic clock.
 """
 
 from __future__ import annotations
@@ -14,13 +26,18 @@ import json
 import re
 import sys
 import time
-from typing import cast
+from collections import defaultdict
+from typing import ClassVar, cast
 
 import uvloop
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+FAILED = b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 ID = re.compile(rb"\r\nwebhook-id: ([^\r]+)", re.IGNORECASE)
+HOST = re.compile(rb"\r\nhost: ([^\r]+)", re.IGNORECASE)
+AT = re.compile(rb'"at" ?: ?([\d.]+)')
+NUMBER = re.compile(rb"=(\d+)")
 
 
 class Tally:
@@ -31,13 +48,19 @@ class Tally:
         self.first = 0.0
         self.last = 0.0
         self.timed: dict[str, float] = {}
+        self.lags: list[float] = []
+        self.others = 0
+        self.paced: dict[str, list[float]] = defaultdict(list)
+        self.most: dict[str, int] = defaultdict(int)
 
 
 class Protocol(asyncio.Protocol):
     tally = Tally()
+    under_way: ClassVar[dict[str, int]] = defaultdict(int)
 
     def __init__(self) -> None:
         self.buffer = b""
+        self.loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
@@ -58,19 +81,64 @@ class Protocol(asyncio.Protocol):
             total = end + 4 + (int(length[1]) if length else 0)
             if len(buffer) < total:
                 break
-            now = time.monotonic()
-            tally = Protocol.tally
-            if not tally.count:
-                tally.first = now
-            tally.last = now
-            tally.count += 1
-            if buffer.startswith(b"POST /timed"):
-                found = ID.search(buffer, 0, end)
-                assert found is not None
-                tally.timed[found[1].decode()] = now
-            self.transport.write(ANSWER)
+            self.take(buffer, end, total)
             buffer = buffer[total:]
         self.buffer = buffer
+
+    def take(self, request: bytes, end: int, total: int) -> None:
+        now = time.monotonic()
+        tally = Protocol.tally
+        path = request[5:9]
+        if path in (b"/asi", b"/hol", b"/fai", b"/dri"):
+            tally.others += 1
+            if path == b"/asi":
+                self.transport.write(ANSWER)
+            elif path == b"/fai":
+                self.transport.write(FAILED)
+            elif path == b"/dri":
+                self.drip(0)
+            return
+        if not tally.count:
+            tally.first = now
+        tally.last = now
+        tally.count += 1
+        if path == b"/lag":
+            found = AT.search(request, end, total)
+            assert found is not None
+            tally.lags.append(time.time() - float(found[1]))
+        elif path == b"/tim":
+            found = ID.search(request, 0, end)
+            assert found is not None
+            tally.timed[found[1].decode()] = now
+        elif path == b"/pac":
+            self.paced(request, now)
+            return
+        elif path == b"/lat":
+            number = NUMBER.search(request, 0, end)
+            assert number is not None
+            self.loop.call_later(int(number[1]), self.transport.write, ANSWER)
+            return
+        self.transport.write(ANSWER)
+
+    def paced(self, request: bytes, now: float) -> None:
+        host = HOST.search(request)
+        number = NUMBER.search(request)
+        assert host is not None
+        assert number is not None
+        name = host[1].decode()
+        Protocol.tally.paced[name].append(now)
+        Protocol.under_way[name] += 1
+        Protocol.tally.most[name] = max(Protocol.tally.most[name], Protocol.under_way[name])
+        self.loop.call_later(int(number[1]) / 1000, self.answer, name)
+
+    def answer(self, name: str) -> None:
+        Protocol.under_way[name] -= 1
+        self.transport.write(ANSWER)
+
+    def drip(self, sent: int) -> None:
+        if sent < len(ANSWER) and not self.transport.is_closing():
+            self.transport.write(ANSWER[sent : sent + 1])
+            self.loop.call_later(1.0, self.drip, sent + 1)
 
 
 async def main(ports: int) -> None:

@@ -61,7 +61,7 @@ READ_AHEAD = 4
 """Deliveries in memory for each that may be in flight."""
 
 LANES_SHOWN = 100
-"""In the summary that ``status`` and ``explain`` read: the lanes with most waiting."""
+"""In the summary that ``status`` and ``explain`` read: the lanes in trouble, and those with most waiting."""
 
 GC_THRESHOLDS = (50_000, 20, 50)
 """With 500 exchanges in flight the default thresholds cost a third of all CPU; everything that lives long is frozen."""
@@ -339,9 +339,9 @@ class Daemon:
     def _vouched(self) -> bool:
         return self.tenure is not None and self.tenure.owner.trusted(self._clock.mono())
 
-    def _room(self) -> None:
+    def _room(self, started: list[Delivery]) -> None:
         if self.tenure is not None:
-            self.tenure.feed.room()
+            self.tenure.feed.room(started)
 
     def _retention(self) -> Retention:
         kept = self.config.retention
@@ -366,12 +366,12 @@ class Daemon:
         return {"owner": self.recorder.statements, "feed": feed}
 
     def _summary(self) -> str:
-        lanes = sorted(self.lanes.snapshot(self._clock.mono()), key=lambda lane: -lane.waiting)
+        lanes = self.lanes.snapshot(self._clock.mono(), LANES_SHOWN)
         return orjson.dumps(
             {
                 "version": __version__,
-                "lanes": [asdict(lane) for lane in lanes[:LANES_SHOWN]],
-                "lanes_total": len(lanes),
+                "lanes": [asdict(lane) for lane in lanes],
+                "lanes_total": len(self.lanes),
                 "in_flight": len(self.dispatcher.in_flight()),
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),

@@ -89,12 +89,12 @@ class Dispatcher:
         *,
         max_in_flight: int,
         vouched: Callable[[], bool],
-        room: Callable[[], None],
+        room: Callable[[list[Delivery]], None],
         report: Callable[[Result], None],
         fault: Callable[[Delivery, Exception], None],
     ) -> None:
         """
-        ``vouched``: the locks are held; ``room``: the lanes gave something away; ``report``: an attempt ended;
+        ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
         ``fault``: the exchange raised, which is a fault of ours.
         """
         self._lanes = lanes
@@ -158,8 +158,10 @@ class Dispatcher:
         self._lanes.admit(endpoint.host, delivery)
         self.poke()
 
-    def withdraw(self, key: EndpointKey) -> list[Delivery]:
-        """Give back all deliveries of an endpoint that are not in flight."""
+    def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]:
+        """Give back the deliveries of an endpoint that are not in flight: all, or those that wait ``beyond`` the first ones."""
+        if beyond:
+            return self._lanes.withdraw(key, beyond=beyond)
         held = [(d, timer) for d, timer in self._held.values() if d.endpoint == key]
         for delivery, timer in held:
             timer.cancel()
@@ -213,7 +215,7 @@ class Dispatcher:
                 # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
                 self.poke()
             if ready:
-                self.room()
+                self.room(ready)
         wake_at = self._lanes.next_wake(now)
         if wake_at is not None:
             self._wake_at(wake_at, now)

@@ -65,10 +65,15 @@ BUSY_WITHIN_S = 0.25
 ENDPOINT_POLL_S = 0.5
 """Changes of endpoints notify; this is their backstop."""
 
-QUEUE_MOST = 1024
-"""Rows of one endpoint in memory."""
+QUEUE_LEAST, QUEUE_MOST = 4, 1024
+"""Rows of one endpoint in memory: it starts with the least, and its bound moves by how soon it asks for more."""
 
-QUEUE_LEAST = 4
+SOON_S = 0.2
+LATE_S = 2.0
+"""A queue that asks again within ``SOON_S`` gets twice the bound, one that took ``LATE_S`` gets half."""
+
+RECLAIM_S = 1.0
+"""Between looks at whether memory holds too much that does not move."""
 
 REFILL_MOST = 2000
 """Rows of one refill statement."""
@@ -111,7 +116,7 @@ class Line(Protocol):
     def serve(self, endpoint: Endpoint) -> None: ...
     def served(self, key: EndpointKey) -> Endpoint | None: ...
     def admit(self, delivery: Delivery) -> None: ...
-    def withdraw(self, key: EndpointKey) -> list[Delivery]: ...
+    def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]: ...
     def waiting(self, key: EndpointKey) -> int: ...
     def total_waiting(self) -> int: ...
     def backed_up(self) -> bool: ...
@@ -124,6 +129,11 @@ class Backlog:
     place: int | None = None
     due_place: tuple[datetime.datetime, int] = (LONG_AGO, 0)
     next_due: float | None = None
+    due_now: bool = False
+    """``next_due`` has come."""
+    bound: int = QUEUE_LEAST
+    """How many of its rows memory should hold."""
+    asked_mono: float = 0.0
 
 
 class Feed:
@@ -155,9 +165,12 @@ class Feed:
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         """As last read; the dispatcher may know of a failure that is not written yet."""
         self._hungry: dict[EndpointKey, None] = {}
-        """Endpoints with a place, in the order in which they are served."""
+        """Endpoints with a place and perhaps room, in the order in which they are served."""
         self._dues: list[tuple[float, EndpointKey]] = []
         self._due_now: dict[EndpointKey, None] = {}
+        """Endpoints with rows that have fallen due and perhaps room."""
+        self._full: set[EndpointKey] = set()
+        """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
         self._heads_settled: dict[tuple[EndpointKey, str], None] = {}
         self._unread_shards: set[int] = set()
         self._events: WeakValueDictionary[UUID, Event] = WeakValueDictionary()
@@ -191,10 +204,12 @@ class Feed:
             self._endpoints_asked = True
         self._wake.set()
 
-    def room(self) -> None:
-        """Something left the lanes for the network: there is room for more."""
-        if self._hungry or self._due_now:
-            self._wake.set()
+    def room(self, started: Iterable[Delivery]) -> None:
+        """These left the lanes for the network: there may be room for more."""
+        if self._full:
+            for delivery in started:
+                if delivery.endpoint in self._full and self._wanted(delivery.endpoint):
+                    self._look_again(delivery.endpoint)
 
     def own(self, shards: Iterable[int]) -> None:
         """These shards have been locked: recover them."""
@@ -240,7 +255,7 @@ class Feed:
         quiet_since = self._clock.mono()
         asleep = True
         horizon: Snapshot | None = None
-        endpoints_read = 0.0
+        endpoints_read = reclaimed = 0.0
         brought: deque[float] = deque([0.0] * BUSY_READS, maxlen=BUSY_READS)
         while not self._stopping:
             self._wake.clear()
@@ -252,6 +267,9 @@ class Feed:
                 continue
             active = await self._turn()
             now = self._clock.mono()
+            if now - reclaimed > RECLAIM_S:
+                reclaimed = now
+                self._reclaim(now)
             if self._endpoints_asked or now - endpoints_read > ENDPOINT_POLL_S:
                 self._endpoints_asked = False
                 endpoints_read = now
@@ -353,6 +371,7 @@ class Feed:
         before = self._endpoints.get(endpoint.key)
         if before == endpoint:
             return
+        self._look_again(endpoint.key)
         if endpoint.shard not in self.shards:
             for delivery in self._line.withdraw(endpoint.key):
                 self._forget(delivery.id)
@@ -500,7 +519,8 @@ class Feed:
         if not demands:
             return False
         for key, *_ in demands:
-            self._backlog(key).next_due = None
+            backlog = self._backlog(key)
+            backlog.next_due, backlog.due_now = None, False
         self._reading = True
         rows = await self._reads.refill_due(demands)
         await self._know({row.endpoint for row in rows})
@@ -518,8 +538,7 @@ class Feed:
                 taken.append(row)
         for key, _, _, want, _ in demands:
             if counts[key] >= want:
-                self._backlog(key).next_due = 0.0
-                self._due_now[key] = None
+                self._fell_due(key)
         self._taken_in()
         await self._admit(taken)
         return bool(taken)
@@ -530,7 +549,7 @@ class Feed:
         while self._dues and self._dues[0][0] <= now:
             due_at, key = heapq.heappop(self._dues)
             if self._backlog(key).next_due == due_at:
-                self._due_now[key] = None
+                self._fell_due(key)
         if self._line.backed_up():
             return []
         demands: list[tuple[EndpointKey, datetime.datetime, int, int, bool]] = []
@@ -539,11 +558,11 @@ class Feed:
             if self._state(key) is EndpointState.PAUSED:
                 del self._due_now[key]
                 continue
-            want = self._wanted(key)
-            if want > 0:
+            del self._due_now[key]
+            want = self._ask(key)
+            if want:
                 demands.append((key, *self._backlog(key).due_place, want, self._ended(key)))
                 total += want
-                del self._due_now[key]
             if total >= REFILL_MOST:
                 break
         return demands
@@ -581,12 +600,12 @@ class Feed:
             if place is None or self._state(key) is EndpointState.PAUSED:
                 del self._hungry[key]
                 continue
-            want = self._wanted(key)
-            if want > 0:
+            want = self._ask(key)
+            del self._hungry[key]
+            if want:
                 demands.append((key, place, want))
                 total += want
                 # to the back: when demands do not fit into one statement, others come first next time
-                del self._hungry[key]
                 self._hungry[key] = None
             if total >= REFILL_MOST:
                 break
@@ -680,21 +699,73 @@ class Feed:
         if self._reading:
             self._remembered.add(delivery_id)
 
-    def _bound(self) -> int:
-        """Rows of one endpoint that memory holds: the window shared by those that have more than fits."""
-        return max(
-            QUEUE_LEAST, min(QUEUE_MOST, self._window // max(1, len(self._hungry) + len(self._due_now)))
-        )
+    def _fell_due(self, key: EndpointKey) -> None:
+        backlog = self._backlog(key)
+        backlog.next_due, backlog.due_now = 0.0, True
+        self._due_now[key] = None
+
+    # Room.
+
+    def _free(self) -> int:
+        """
+        How many more rows memory may hold.
+
+        The few that each full queue may always have do not count: thousands of throttled endpoints must not starve the
+        others.
+        """
+        return self._window + QUEUE_LEAST * len(self._full) - self._line.total_waiting()
 
     def _has_room(self, key: EndpointKey, taken: Counter[EndpointKey]) -> bool:
-        return (
-            self._line.waiting(key) + taken[key] < self._bound()
-            and self._line.total_waiting() + taken.total() < self._window
-            and not self._line.backed_up()
-        )
+        """Whether memory holds one more row that has arrived: any queue may take a part of what is free."""
+        free = self._free() - taken.total()
+        bound = max(self._backlog(key).bound, min(QUEUE_MOST, free // 4))
+        return self._line.waiting(key) + taken[key] < bound and not self._line.backed_up()
 
     def _wanted(self, key: EndpointKey) -> int:
         """How many rows to ask for: none before half of the queue is gone, so that reads are worth their price."""
-        bound = self._bound()
+        bound = self._backlog(key).bound
         held = self._line.waiting(key)
         return bound - held if held <= bound // 2 else 0
+
+    def _ask(self, key: EndpointKey) -> int:
+        """How many rows to ask for now; with none the endpoint is put aside until it has room."""
+        backlog = self._backlog(key)
+        if self._wanted(key):
+            now = self._clock.mono()
+            if now - backlog.asked_mono < SOON_S:
+                backlog.bound = min(QUEUE_MOST, backlog.bound * 2)
+            elif now - backlog.asked_mono > LATE_S:
+                backlog.bound = max(QUEUE_LEAST, backlog.bound // 2)
+            backlog.asked_mono = now
+        wanted = self._wanted(key)
+        if not wanted:
+            self._full.add(key)
+        return wanted
+
+    def _reclaim(self, now: float) -> None:
+        """Let go of what stuck queues hold beyond the least, if memory holds too much: it is read again when they move."""
+        if self._free() >= 0:
+            return
+        for key, backlog in self._backlogs.items():
+            if self._line.waiting(key) > 2 * QUEUE_LEAST and now - backlog.asked_mono > LATE_S:
+                backlog.bound = QUEUE_LEAST
+                for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
+                    self._forget(delivery.id)
+                    if delivery.due_at is None:
+                        self._lower_place(key, delivery.id - 1)
+                    else:
+                        self._lower_due_place(key, delivery.due_at)
+                        self._due(key, 0.0)
+                if self._free() > self._window // 4:
+                    return
+
+    def _look_again(self, key: EndpointKey) -> None:
+        """An endpoint that was put aside may have room."""
+        if key in self._full:
+            self._full.discard(key)
+            backlog = self._backlog(key)
+            if backlog.place is not None:
+                self._hungry[key] = None
+            if backlog.due_now:
+                self._due_now[key] = None
+            self._wake.set()

@@ -73,7 +73,7 @@ class Bench:
             SystemDice(1),
             max_in_flight=10,
             vouched=lambda: self.vouched,
-            room=lambda: None,
+            room=lambda _: None,
             report=self.results.append,
             fault=lambda _, error: self.faults.append(error),
         )

@@ -67,6 +67,8 @@ class _Lane:
         "host",
         "idle",
         "listed",
+        "problem",
+        "problem_mono",
         "queues",
         "retries",
         "used_mono",
@@ -86,6 +88,8 @@ class _Lane:
         """In the line to be forgotten."""
         self.alarm: float | None = None
         self.used_mono = now
+        self.problem = ""
+        self.problem_mono = 0.0
 
     def __repr__(self) -> str:
         return f"<lane {self.host} waiting={self.waiting} {self.gate!r}>"
@@ -107,6 +111,10 @@ class LaneState:
     waiting: int
     why: str
     """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``; ``idle`` when none does."""
+    problem: str
+    """The last failure, in words fit for a tenant; empty if there was none."""
+    problem_s: float
+    """How long ago that was."""
 
 
 class Lanes:
@@ -137,6 +145,10 @@ class Lanes:
     def total_in_flight(self) -> int:
         """Deliveries under way."""
         return len(self._in_flight)
+
+    def __len__(self) -> int:
+        """Lanes that are known."""
+        return len(self._lanes)
 
     # Deliveries come and go.
 
@@ -198,26 +210,30 @@ class Lanes:
             if queue.blocked and queue.gate.permitted_at() <= now:
                 self._unblock(queue)
         lane.used_mono = now
+        if verdict.endpoint_failed:
+            lane.problem, lane.problem_mono = verdict.reason, now
         if lane.waiting:
             if not lane.listed and lane.alarm is None:
                 self._list(lane)
         elif not lane.gate.in_flight:
             self._rest(lane)
 
-    def withdraw(self, endpoint: EndpointKey) -> list[Delivery]:
-        """Take back all that wait for an endpoint; what is in flight stays."""
+    def withdraw(self, endpoint: EndpointKey, *, beyond: int = 0) -> list[Delivery]:
+        """
+        Take back what waits for an endpoint; what is in flight stays.
+
+        With ``beyond`` that many fresh ones and retries, the first of each, go on waiting.
+        """
         queue = self._queues.get(endpoint)
         if queue is None:
             return []
         lane = queue.lane
-        deliveries = [*queue.fresh, *queue.retries]
-        if not queue.blocked:
-            if queue.fresh:
-                lane.fresh.remove(queue)
-            if queue.retries:
-                lane.retries.remove(queue)
-        queue.fresh.clear()
-        queue.retries.clear()
+        deliveries: list[Delivery] = []
+        for ring, waiting in ((lane.fresh, queue.fresh), (lane.retries, queue.retries)):
+            if waiting and not beyond and not queue.blocked:
+                ring.remove(queue)
+            tail = [waiting.pop() for _ in range(len(waiting) - beyond)]
+            deliveries += reversed(tail)
         lane.waiting -= len(deliveries)
         self.total_waiting -= len(deliveries)
         if not lane.waiting and not lane.gate.in_flight:
@@ -283,8 +299,22 @@ class Lanes:
         queue = self._queues.get(endpoint)
         return len(queue.fresh) + len(queue.retries) if queue is not None else 0
 
-    def snapshot(self, now: float) -> list[LaneState]:
-        """All lanes that have something waiting or in flight, or are held."""
+    def snapshot(self, now: float, most: int | None = None) -> list[LaneState]:
+        """The lanes that have something waiting or in flight, or are held; those in trouble first, then the longest."""
+        lanes = [
+            lane
+            for lane in self._lanes.values()
+            if lane.waiting or lane.gate.in_flight or lane.gate.breaker.open or lane.gate.hold_until > now
+        ]
+
+        def trouble(lane: _Lane) -> tuple[bool, int]:
+            return lane.gate.breaker.open or lane.gate.hold_until > now, lane.waiting
+
+        chosen = (
+            sorted(lanes, key=trouble, reverse=True)
+            if most is None
+            else heapq.nlargest(most, lanes, key=trouble)
+        )
         return [
             LaneState(
                 host=lane.host,
@@ -299,9 +329,10 @@ class Lanes:
                 ),
                 waiting=lane.waiting,
                 why=self._why(lane, now),
+                problem=lane.problem,
+                problem_s=now - lane.problem_mono if lane.problem else 0.0,
             )
-            for lane in self._lanes.values()
-            if lane.waiting or lane.gate.in_flight or lane.gate.hold_until > now or lane.gate.breaker.open
+            for lane in chosen
         ]
 
     def _why(self, lane: _Lane, now: float) -> str:
