@@ -26,6 +26,7 @@ from hookd.core.model import (
     Endpoint,
     EndpointKey,
     EndpointState,
+    Health,
     Outcome,
     OutcomeKind,
     Result,
@@ -34,6 +35,7 @@ from hookd.core.model import (
     VerdictKind,
 )
 from hookd.core.verdict import ending, judge
+from hookd.pacing import WAIT_MOST_S, Pacer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,15 +55,40 @@ FENCE_RETRY_S = 0.05
 
 
 class Exchange(Protocol):
-    """One signed POST (``net.exchange``)."""
+    """One signed POST (``net.exchange``); ``turn`` is asked before each write to its host."""
 
-    async def send(self, request: Request) -> Outcome: ...
+    async def send(self, request: Request, turn: Turn | None) -> Outcome: ...
 
 
 class Preparer(Protocol):
     """Makes requests for one endpoint (``core.composer``)."""
 
     def compose(self, delivery: Delivery, timestamp: int) -> Request: ...
+
+
+@dataclass(slots=True)
+class Turn:
+    """The turn of one delivery to be written, at a host or for an endpoint that has a rate."""
+
+    lanes: Lanes
+    pacer: Pacer
+    clock: Clock
+    delivery: Delivery
+
+    async def wait(self) -> bool:
+        """Wait until it may be written, at once; False: that is too far away."""
+        while True:
+            now = self.clock.mono()
+            at = self.lanes.write_at(self.delivery, now)
+            if at <= now:
+                return True
+            if at > now + WAIT_MOST_S:
+                return False
+            await self.pacer.until(at)
+
+    def wrote(self) -> None:
+        """It is being written."""
+        self.lanes.wrote(self.delivery, self.clock.mono())
 
 
 @dataclass(slots=True)
@@ -118,6 +145,7 @@ class Dispatcher:
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = 0.0
         self._landed = asyncio.Event()
+        self._pacer = Pacer(clock)
         self.stopping = False
         self.counts = Counts()
 
@@ -130,7 +158,13 @@ class Dispatcher:
         """This is what an endpoint is now."""
         self._endpoints[endpoint.key] = endpoint
         self._preparers.pop(endpoint.key, None)
-        self._lanes.set_endpoint_limits(endpoint.key, endpoint.rate, endpoint.concurrency)
+        self._lanes.set_endpoint(
+            endpoint.key,
+            endpoint.rate,
+            endpoint.concurrency,
+            parked=endpoint.health.parked_at is not None,
+            now=self._clock.mono(),
+        )
         self.poke()
 
     def served(self, key: EndpointKey) -> Endpoint | None:
@@ -155,7 +189,7 @@ class Dispatcher:
         if verdict is not None:
             self._end(delivery, verdict)
             return
-        self._lanes.admit(endpoint.host, delivery)
+        self._lanes.admit(endpoint.host, delivery, self._clock.mono())
         self.poke()
 
     def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]:
@@ -167,6 +201,10 @@ class Dispatcher:
             timer.cancel()
             del self._held[delivery.id]
         return [*self._lanes.withdraw(key), *(d for d, _ in held)]
+
+    def withdraw_one(self, key: EndpointKey, delivery_id: DeliveryId) -> Delivery | None:
+        """Give back one that waits for its first attempt; None if it does not wait in its lane."""
+        return self._lanes.withdraw_one(key, delivery_id)
 
     def waiting(self, key: EndpointKey) -> int:
         """Deliveries of an endpoint that wait in memory."""
@@ -258,7 +296,10 @@ class Dispatcher:
 
     async def _attempt(self, delivery: Delivery, request: Request, wall: float) -> None:
         try:
-            outcome = await self._exchange.send(request)
+            turn = (
+                Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
+            )
+            outcome = await self._exchange.send(request, turn)
         except asyncio.CancelledError:
             self._in_flight.pop(delivery.id, None)
             self._landed.set()
@@ -287,27 +328,29 @@ class Dispatcher:
             # the session was lost meanwhile, and its endpoints with it: judge without its history
             endpoint = Endpoint(delivery.endpoint, delivery.event.id, "", outcome.url, "", delivery.shard)
         verdict = judge(outcome, delivery, endpoint, self.policy, wall, self._dice.draw())
-        self._lanes.finished(delivery, verdict, now)
+        parked = self._lanes.finished(delivery, verdict, now)
         if verdict.kind is VerdictKind.HOLD:
             self._hold(delivery, verdict.delay_s)
             return
         result = Result(delivery, delivery.endpoint, outcome, verdict, written_wall=wall)
-        self._note_health(result, endpoint, wall)
+        self._note_health(result, endpoint, wall, parked=parked)
         self._settle(result)
 
-    def _note_health(self, result: Result, endpoint: Endpoint, wall: float) -> None:
+    def _note_health(self, result: Result, endpoint: Endpoint, wall: float, *, parked: bool | None) -> None:
         """Only changes are written: nothing is updated on the success path."""
-        failing_since = endpoint.failing_since
-        if result.verdict.endpoint_failed and failing_since is None:
-            failing_since = wall
-        elif result.verdict.kind is VerdictKind.DELIVERED and failing_since is not None:
-            failing_since = None
+        before = endpoint.health
+        if result.verdict.kind is VerdictKind.DELIVERED:
+            health = Health()
+        elif result.verdict.endpoint_failed and (before.failing_since is None or parked):
+            since = wall if before.failing_since is None else before.failing_since
+            health = Health(since, result.verdict.reason, wall if parked else None)
         else:
             return
-        result.health_changed = True
-        result.failing_since = failing_since
+        if health == before:
+            return
+        result.health = health
         if endpoint.key in self._endpoints:
-            self._endpoints[endpoint.key] = replace(endpoint, failing_since=failing_since)
+            self._endpoints[endpoint.key] = replace(endpoint, health=health)
 
     def _hold(self, delivery: Delivery, delay_s: float) -> None:
         timer = self._loop.call_later(delay_s, self._release, delivery)
@@ -355,6 +398,7 @@ class Dispatcher:
             timer.cancel()
         if self._alarm is not None:
             self._alarm.cancel()
+        self._pacer.close()
         return len(tasks)
 
 

@@ -15,6 +15,10 @@ Four reads move these.  *Recovery* sets places for all endpoints that have rows.
 last snapshot did not see; they are held while there is room, and behind a place they are left for the refill.
 *Refill* reads on from the places.  *Successors* brings the next row of an order key when its head is settled.
 
+Coalescing: each read says of a row that was not attempted whether a newer one of its coalesce key is pending, and if so
+it ends there and then.  A row that is the newest makes those end that wait in memory, and, by a read of their own, those
+that wait in the queue.  Of a coalesce key one delivery at a time is under way; when it ends the newest is read.
+
 Why nothing is lost: the reads run one after another on one connection, so each sees at least what the one before saw.
 A refill that returns fewer rows than asked for has reached the end as of its snapshot, and whatever becomes visible
 later is in the next arrivals.  Why nothing is taken twice: an id is ``known`` from the moment it is taken until its
@@ -39,7 +43,7 @@ from weakref import WeakValueDictionary
 from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Iterable, Sequence
 
     from hookd.clock import Clock
     from hookd.core.reads import Arrivals, Row, Snapshot
@@ -80,6 +84,9 @@ REFILL_MOST = 2000
 
 EVENTS_AT_ONCE = 500
 
+REPLACED_AT_ONCE = 1000
+"""Rows of one coalesce key that end in one read."""
+
 ROUNDING = datetime.timedelta(milliseconds=1)
 """A due time as a float is not exact to the microsecond."""
 
@@ -96,6 +103,10 @@ class Reads(Protocol):
         self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
     ) -> list[Row]: ...
     async def successors(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
+    async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
+    async def older(
+        self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int
+    ) -> list[Row]: ...
     async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]: ...
     async def endpoints_of(self, shards: Iterable[int]) -> list[Endpoint]: ...
     async def endpoints(self, keys: Iterable[EndpointKey]) -> list[Endpoint]: ...
@@ -117,6 +128,7 @@ class Line(Protocol):
     def served(self, key: EndpointKey) -> Endpoint | None: ...
     def admit(self, delivery: Delivery) -> None: ...
     def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]: ...
+    def withdraw_one(self, key: EndpointKey, delivery_id: DeliveryId) -> Delivery | None: ...
     def waiting(self, key: EndpointKey) -> int: ...
     def total_waiting(self) -> int: ...
     def backed_up(self) -> bool: ...
@@ -172,6 +184,13 @@ class Feed:
         self._full: set[EndpointKey] = set()
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
         self._heads_settled: dict[tuple[EndpointKey, str], None] = {}
+        self._states: dict[tuple[EndpointKey, str], DeliveryId] = {}
+        """Of each coalesce key in memory: the delivery that stands for it."""
+        self._newest: dict[tuple[EndpointKey, str], tuple[DeliveryId, UUID]] = {}
+        """Of those that a read has brought: what older ones are replaced by."""
+        self._awaited: set[tuple[EndpointKey, str]] = set()
+        """A newer one waits in the queue until the one under way has ended."""
+        self._states_ended: dict[tuple[EndpointKey, str], None] = {}
         self._unread_shards: set[int] = set()
         self._events: WeakValueDictionary[UUID, Event] = WeakValueDictionary()
         self._since: Snapshot | None = None
@@ -230,18 +249,18 @@ class Feed:
     ) -> None:
         """A settle was committed: these rows are gone, those are due again, and these were not ours to settle."""
         for delivery in final:
-            self._forget(delivery.id)
+            self._forget(delivery)
             if delivery.order_key is not None:
                 self._heads_settled[delivery.endpoint, delivery.order_key] = None
         for delivery, due_at in rescheduled:
-            self._forget(delivery.id)
+            self._forget(delivery)
             if self._reading:
                 self._rescheduled_meanwhile.append((delivery, due_at))
             else:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
-            self._forget(delivery.id)
-        if self._heads_settled or self._hungry or self._dues or self._due_now:
+            self._forget(delivery)
+        if self._heads_settled or self._states_ended or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -296,9 +315,15 @@ class Feed:
         """One round of reads; whether it brought anything."""
         brought = await self._read_arrivals()
         if self._heads_settled:
-            brought |= await self._read_successors()
+            keys, self._heads_settled = list(self._heads_settled), {}
+            brought |= await self._read_heads(self._reads.successors(keys))
+        if self._states_ended:
+            keys, self._states_ended = list(self._states_ended), {}
+            brought |= await self._read_heads(self._reads.latest(keys))
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
+        if self._newest:
+            await self._read_replaced()
         return brought
 
     async def _rest(self, longest_s: float, *, early: bool = True) -> None:
@@ -374,7 +399,7 @@ class Feed:
         self._look_again(endpoint.key)
         if endpoint.shard not in self.shards:
             for delivery in self._line.withdraw(endpoint.key):
-                self._forget(delivery.id)
+                self._forget(delivery)
             if before is not None:
                 self._serve(endpoint)
             if self.shards.intersection(endpoint.former_shards):
@@ -384,7 +409,7 @@ class Feed:
         self._serve(endpoint)
         if endpoint.state is EndpointState.PAUSED:
             for delivery in waiting:
-                self._forget(delivery.id)
+                self._forget(delivery)
         else:
             for delivery in waiting:
                 self._line.admit(delivery)
@@ -458,12 +483,13 @@ class Feed:
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
         state = self._state(row.endpoint)
-        if (
-            row.id in self.known
-            or row.id in self._remembered
-            or state is EndpointState.PAUSED
-            or (row.blocked and state is EndpointState.ACTIVE)
+        if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
+            return False
+        self._note_newest(row)
+        if row.replaced_by is None and (
+            (row.blocked and state is EndpointState.ACTIVE)
             or not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room))
+            or not self._stands(row)
         ):
             return False
         self.known.add(row.id)
@@ -492,27 +518,44 @@ class Feed:
             return False
         return True
 
-    async def _read_successors(self) -> bool:
-        keys, self._heads_settled = list(self._heads_settled), {}
+    async def _read_heads(self, read: Awaitable[list[Row]]) -> bool:
+        """Take in the rows that stand at the head of an order key, or for a coalesce key, now that one has ended."""
         self._reading = True
-        rows = await self._reads.successors(keys)
+        rows = await read
         await self._know({row.endpoint for row in rows})
         taken = []
         for row in rows:
-            if (
-                row.id in self.known
-                or row.id in self._remembered
-                or self._state(row.endpoint) is EndpointState.PAUSED
-            ):
+            if self._state(row.endpoint) is EndpointState.PAUSED:
                 continue
-            if row.due_at is not None and row.due_at.timestamp() > self.db_now():
+            if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
                 self._due(row.endpoint, row.due_at.timestamp())
-            elif row.shard in self.shards:
-                self.known.add(row.id)
+            elif self._takes(row):
                 taken.append(row)
         self._taken_in()
         await self._admit(taken)
         return bool(taken)
+
+    async def _read_replaced(self) -> None:
+        """End what the newest rows of coalesce keys replace."""
+        newest, self._newest = self._newest, {}
+        self._reading = True
+        rows = await self._reads.older(
+            [(*key, delivery_id, event_id) for key, (delivery_id, event_id) in newest.items()],
+            REPLACED_AT_ONCE,
+        )
+        taken: list[Row] = []
+        counts: Counter[tuple[EndpointKey, str]] = Counter()
+        for row in rows:
+            assert row.coalesce_key is not None
+            counts[row.endpoint, row.coalesce_key] += 1
+            if row.id in self.known:
+                self._give_way(row.endpoint, row.id, row.replaced_by)
+            elif row.id not in self._remembered and row.shard in self.shards:
+                self.known.add(row.id)
+                taken.append(row)
+        self._newest |= {key: newest[key] for key, count in counts.items() if count >= REPLACED_AT_ONCE}
+        self._taken_in()
+        await self._admit(taken)
 
     async def _refill_due(self) -> bool:
         demands = self._demand_due()
@@ -612,12 +655,51 @@ class Feed:
         return demands
 
     def _takes(self, row: Row) -> bool:
-        """Whether a row that a refill brought goes into memory; if so it is known from now on."""
+        """Whether a row that was read by key goes into memory; if so it is known from now on."""
         if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
             return False
-        if row.blocked and self._state(row.endpoint) is EndpointState.ACTIVE:
+        self._note_newest(row)
+        if row.replaced_by is None and (
+            (row.blocked and self._state(row.endpoint) is EndpointState.ACTIVE) or not self._stands(row)
+        ):
             return False
         self.known.add(row.id)
+        return True
+
+    # Coalescing.
+
+    def _note_newest(self, row: Row) -> None:
+        """Older rows of this one's coalesce key are to end."""
+        if row.coalesce_key is not None and row.replaced_by is None:
+            key = row.endpoint, row.coalesce_key
+            self._newest[key] = max(self._newest.get(key, (row.id, row.event_id)), (row.id, row.event_id))
+
+    def _stands(self, row: Row) -> bool:
+        """
+        Whether a row may go into memory as far as its coalesce key is concerned.
+
+        An older one that waits there gives way; while one is under way it waits in the queue, and is read when that ends.
+        """
+        if row.coalesce_key is None:
+            return True
+        key = row.endpoint, row.coalesce_key
+        held = self._states.get(key)
+        if held is not None:
+            if held > row.id:
+                return True  # a retry of an older one: it was attempted, so it is not replaced
+            if not self._give_way(row.endpoint, held, row.event_id):
+                self._awaited.add(key)
+                return False
+        self._states[key] = row.id
+        return True
+
+    def _give_way(self, endpoint: EndpointKey, delivery_id: DeliveryId, replaced_by: UUID | None) -> bool:
+        """End one that waits in memory; False if it does not wait: it is under way, or has ended already."""
+        older = self._line.withdraw_one(endpoint, delivery_id)
+        if older is None:
+            return False
+        older.replaced_by = replaced_by
+        self._line.admit(older)
         return True
 
     def _taken_in(self) -> None:
@@ -630,7 +712,7 @@ class Feed:
 
     async def _admit(self, rows: Sequence[Row]) -> None:
         self.arrived += len(rows)
-        missing = list({r.event_id for r in rows if r.event_id not in self._events})
+        missing = list({r.event_id for r in rows if r.replaced_by is None and r.event_id not in self._events})
         events: dict[UUID, Event] = {}
         for start in range(0, len(missing), EVENTS_AT_ONCE):
             events |= await self._reads.events(missing[start : start + EVENTS_AT_ONCE])
@@ -638,7 +720,7 @@ class Feed:
         for row in rows:
             event = self._events.get(row.event_id)
             if event is None:
-                # its day was dropped by retention: the dispatcher ends it as expired
+                # it is not sent: replaced, or its day was dropped by retention and the dispatcher ends it as expired
                 event = Event(row.event_id, "", "", b"", created_at=0.0, expires_at=0.0)
             self._line.admit(
                 Delivery(
@@ -650,6 +732,8 @@ class Feed:
                     row.order_key,
                     row.due_at.timestamp() if row.due_at else None,
                     row.replay,
+                    row.coalesce_key,
+                    row.replaced_by,
                 )
             )
 
@@ -694,10 +778,17 @@ class Feed:
         # what an ended endpoint is owed is not waited for
         self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
 
-    def _forget(self, delivery_id: DeliveryId) -> None:
-        self.known.discard(delivery_id)
+    def _forget(self, delivery: Delivery) -> None:
+        self.known.discard(delivery.id)
         if self._reading:
-            self._remembered.add(delivery_id)
+            self._remembered.add(delivery.id)
+        if delivery.coalesce_key is not None:
+            key = delivery.endpoint, delivery.coalesce_key
+            if self._states.get(key) == delivery.id:
+                del self._states[key]
+                if key in self._awaited:
+                    self._awaited.discard(key)
+                    self._states_ended[key] = None
 
     def _fell_due(self, key: EndpointKey) -> None:
         backlog = self._backlog(key)
@@ -750,7 +841,7 @@ class Feed:
             if self._line.waiting(key) > 2 * QUEUE_LEAST and now - backlog.asked_mono > LATE_S:
                 backlog.bound = QUEUE_LEAST
                 for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
-                    self._forget(delivery.id)
+                    self._forget(delivery)
                     if delivery.due_at is None:
                         self._lower_place(key, delivery.id - 1)
                     else:

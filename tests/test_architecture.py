@@ -17,6 +17,7 @@ FLOORS = {
     "hookd.clock": 2,
     "hookd.config": 2,
     "hookd.feed": 3,
+    "hookd.pacing": 2,
     "hookd.recorder": 3,
     "hookd.dispatcher": 3,
     "hookd.upkeep": 3,

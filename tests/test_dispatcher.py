@@ -45,7 +45,7 @@ class Exchange:
         self.sent = 0
         self.hold: asyncio.Event | None = None
 
-    async def send(self, request: Request) -> Outcome:
+    async def send(self, request: Request, turn: object) -> Outcome:
         self.sent += 1
         if self.hold is not None:
             await self.hold.wait()

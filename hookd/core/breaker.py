@@ -1,29 +1,56 @@
 """
-A host's circuit breaker: a host that does not answer is asked now and then, not all the time.
+The circuit breaker: what does not answer is asked now and then, not all the time.
 
-It looks at the host alone.  A failure is an exchange that got no answer, a 429 or a 503; any other answer, a 500 as well,
-shows that the host is alive, and closes it.  So one tenant's failing endpoint never closes a shared host to its
-neighbours.
+There is one for each host.  A failure there is an exchange that got no answer, a 429 or a 503; any other answer, a 500 as
+well, shows that the host is alive, and closes it.  So one tenant's failing endpoint never closes a shared host to its
+neighbours.  And there is one for each endpoint that fails in other ways: it parks the endpoint.
 
-*Closed* until ``BREAK_AFTER`` failures came with no sign of life between them.  *Open*: one delivery at a time goes as a
-probe, first after ``PROBE_FIRST_S``, then twice as long after each failure, up to ``PROBE_MOST_S``; the others wait and use
-up no attempts.  The first sign of life closes it, whichever exchange it comes from.
+*Closed* until so many failures came, over so long a time, with no sign of life between them.  *Open*: one delivery at a
+time goes as a probe, first after a while, then after twice as long after each failure, up to a bound; the others wait and
+use up no attempts.  The first sign of life closes it, whichever exchange it comes from.
 """
 
 from __future__ import annotations
 
-BREAK_AFTER = 5
+from dataclasses import dataclass
 
-PROBE_FIRST_S = 1.0
-PROBE_MOST_S = 60.0
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When a breaker opens, and how often it probes."""
+
+    failures: int
+    """Without a sign of life between them."""
+    over_s: float
+    """From the first of them to the last, at least."""
+    first_s: float
+    """To the first probe; twice as long to each one after it."""
+    most_s: float
+    """Between two probes."""
+
+
+HOST = Patience(failures=5, over_s=0.0, first_s=1.0, most_s=60.0)
+
+ENDPOINT = Patience(failures=10, over_s=60.0, first_s=5.0, most_s=300.0)
+"""More patient than with a host: what an endpoint answers can be one event's fault, so its schedule has a minute first."""
 
 
 class Breaker:
-    """Whether a host answers, and when to ask it again."""
+    """Whether something answers, and when to ask it again."""
 
-    __slots__ = ("_interval_s", "_opened_mono", "_probing", "failures", "open", "probe_at")
+    __slots__ = (
+        "_failing_mono",
+        "_interval_s",
+        "_opened_mono",
+        "_patience",
+        "_probing",
+        "failures",
+        "open",
+        "probe_at",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience = HOST) -> None:
+        self._patience = patience
         self.open = False
         self.failures = 0
         """Without a sign of life between them."""
@@ -32,6 +59,7 @@ class Breaker:
         self._probing = False
         self._interval_s = 0.0
         self._opened_mono = 0.0
+        self._failing_mono = 0.0
 
     def __repr__(self) -> str:
         return f"<Breaker open, probe at {self.probe_at:.1f}>" if self.open else "<Breaker closed>"
@@ -45,17 +73,27 @@ class Breaker:
         self._probing = self.open
 
     def failed(self, now: float, started_mono: float) -> None:
-        """An exchange that was started at ``started_mono`` got no answer, or one that asks to be left alone."""
+        """An exchange that was started at ``started_mono`` failed in the way that this breaker looks at."""
         if not self.open:
+            if not self.failures:
+                self._failing_mono = now
             self.failures += 1
-            if self.failures >= BREAK_AFTER:
+            if self.failures >= self._patience.failures and now - self._failing_mono >= self._patience.over_s:
                 self.open = True
-                self._interval_s = PROBE_FIRST_S
+                self._interval_s = self._patience.first_s
                 self._wait(now)
         elif started_mono >= self._opened_mono:
             # the probe; what had been under way when it opened says nothing new
-            self._interval_s = min(PROBE_MOST_S, self._interval_s * 2)
+            self._interval_s = min(self._patience.most_s, self._interval_s * 2)
             self._wait(now)
+
+    def open_since_before(self, now: float) -> None:
+        """It was open in another life: the first probe may go at once."""
+        self.open = True
+        self.failures = self._patience.failures
+        self._interval_s = self._patience.first_s
+        self._wait(now)
+        self.probe_at = now
 
     def answered(self) -> bool:
         """A sign of life; whether it closed the breaker."""
@@ -65,7 +103,7 @@ class Breaker:
         return closed
 
     def came_to_nothing(self, started_mono: float) -> None:
-        """It ended without a word to the host (expired, refused by the guard): if it was the probe, another may go."""
+        """It ended and says nothing (expired, refused by the guard): if it was the probe, another may go."""
         if started_mono >= self._opened_mono:
             self._probing = False
 

@@ -1,18 +1,26 @@
 """
 Lanes: which delivery goes next.
 
-A *lane* stands in front of one host and asks its ``HostGate`` whether one more may go.  In a lane there is a queue for
-each endpoint.  Lanes that may send are served in turn, one delivery each; within a lane the endpoints are served in
-turn, so that neither a big host nor a big tenant on a shared host takes more than its share.
+A *lane* stands in front of one host and asks its ``Gate`` whether one more may go.  In a lane there is a queue for each
+endpoint.  Lanes that may send are served in turn, one delivery each; within a lane the endpoints are served in turn, so
+that neither a big host nor a big tenant on a shared host takes more than its share.  It is deficit round robin in which
+every delivery costs one: limits count requests, and so does fairness.
 
 Invariant: a delivery known to the lanes is in exactly one of *waiting* and *in flight*.  ``admit`` makes it waiting,
 ``ready`` moves it to in flight, ``finished`` and ``withdraw`` let go of it.
 
 Every step is O(1) in lanes, queues and backlog.  A lane that may not send is not looked at: with no slot free it comes
-back when one of its exchanges ends, throttled or held it waits in a heap for its time.
+back when one of its exchanges ends, throttled or held it waits in a heap for its time.  A queue that may not send, or has
+become empty, is dropped from its ring when its turn comes, and not looked for before.
 
 Retries have a ring of their own in each lane, and while fresh deliveries wait they take at most a fifth of its starts:
 a fresh start earns a quarter of a retry.
+
+No lane holds more exchanges than there are slots left: one slow host takes half of ``max_in_flight`` at most, n of them
+leave 1/(n + 1) of it to the others (dynamic thresholds, Choudhury and Hahne 1998), without anybody being counted.
+
+An endpoint has a gate of its own where it has limits of its own, and while it fails: one that answers nothing but errors
+is *parked* (``core.breaker.ENDPOINT``), with a probe now and then, and comes back in a ramp.
 
 Measured on one core, 20 hosts: ``admit`` + ``ready`` + ``finished`` cost 2.6 µs a delivery together.
 """
@@ -24,8 +32,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hookd.core.limits import NEVER, HostGate
-from hookd.core.model import Delivery, DeliveryId, EndpointKey, HostLimits, Verdict, VerdictKind
+from hookd.core.breaker import ENDPOINT
+from hookd.core.limits import NEVER, Gate
+from hookd.core.model import Delivery, DeliveryId, EndpointKey, HostLimits, HostSign, Verdict, VerdictKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +42,10 @@ if TYPE_CHECKING:
 RETRY_CREDIT = 0.25
 RETRY_CREDIT_MOST = 5.0
 
-SHARE = 0.5
-"""Of ``max_in_flight`` that one lane may hold, whatever its cap: one slow host never takes all."""
+CRAMPED_AT_ONCE = 2
+"""Lanes that are looked at again when an exchange ends, of those that held as many slots as were left."""
+
+NO_LIMITS = HostLimits(0.0, 0, 0)
 
 IDLE_FORGET_S = 600.0
 """An adaptive limit that was cut is forgotten after so long without traffic."""
@@ -43,17 +54,39 @@ IDLE_FORGET_S = 600.0
 class _Queue:
     """The waiting deliveries of one endpoint."""
 
-    __slots__ = ("blocked", "fresh", "gate", "key", "lane", "retries")
+    __slots__ = ("alarm", "blocked", "fresh", "gate", "in_fresh", "in_retries", "key", "lane", "retries")
 
     def __init__(self, key: EndpointKey, lane: _Lane) -> None:
         self.key = key
         self.lane = lane
         self.fresh: deque[Delivery] = deque()
         self.retries: deque[Delivery] = deque()
-        self.gate: HostGate | None = None
-        """The endpoint's own limits, where it has any."""
+        self.in_fresh = False
+        """In the lane's ring of this name, perhaps still: it is dropped from there when its turn comes."""
+        self.in_retries = False
+        self.gate: Gate | None = None
+        """The endpoint's own limits, where it has any, and its breaker while it fails."""
         self.blocked = False
-        """By them: it is in no ring until a slot is free or its time has come."""
+        """By them: it is passed over until a slot is free or its time has come."""
+        self.alarm: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<queue {self.key} fresh={len(self.fresh)} retries={len(self.retries)} {self.gate!r}>"
+
+
+class _Flight:
+    """An exchange under way."""
+
+    __slots__ = ("gates", "queue", "ready_mono", "started_mono", "written")
+
+    def __init__(self, queue: _Queue, gates: tuple[Gate, ...], started_mono: float) -> None:
+        self.queue = queue
+        self.gates = gates
+        """Those that count it: the lane's, and the endpoint's if it had one."""
+        self.started_mono = started_mono
+        self.ready_mono: float | None = None
+        """When it could first be written."""
+        self.written = False
 
 
 class _Lane:
@@ -61,6 +94,7 @@ class _Lane:
 
     __slots__ = (
         "alarm",
+        "cramped",
         "credit",
         "fresh",
         "gate",
@@ -77,13 +111,15 @@ class _Lane:
 
     def __init__(self, host: str, limits: HostLimits, now: float) -> None:
         self.host = host
-        self.gate = HostGate(limits)
+        self.gate = Gate(limits)
         self.queues: dict[EndpointKey, _Queue] = {}
         self.fresh: deque[_Queue] = deque()
         self.retries: deque[_Queue] = deque()
         self.waiting = 0
         self.credit = 0.0
         self.listed = False
+        self.cramped = False
+        """It holds as many slots as were left, and waits for one to become free."""
         self.idle = False
         """In the line to be forgotten."""
         self.alarm: float | None = None
@@ -110,7 +146,10 @@ class LaneState:
     """Until the next exchange may start, where it is held or its breaker is open."""
     waiting: int
     why: str
-    """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``; ``idle`` when none does."""
+    """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``, ``endpoint`` (the limits
+    of its endpoints, or all are parked), ``share`` (of ``max_in_flight``); ``idle`` when none does."""
+    breaker: str
+    """``closed`` or ``open``."""
     problem: str
     """The last failure, in words fit for a tenant; empty if there was none."""
     problem_s: float
@@ -126,14 +165,16 @@ class Lanes:
         """``hosts`` maps ``host:port``, ``host`` or ``*.example.com`` to limits; the most specific wins."""
         self._default = default
         self._hosts = dict(hosts)
-        self.share = max(1, int(SHARE * max_in_flight))
+        self._max_in_flight = max_in_flight
         self._lanes: dict[str, _Lane] = {}
         self._queues: dict[EndpointKey, _Queue] = {}
         self._endpoint_limits: dict[EndpointKey, HostLimits] = {}
+        self._parked: set[EndpointKey] = set()
+        self._cramped: deque[_Lane] = deque()
         self._ring: deque[_Lane] = deque()
         self._heap: list[tuple[float, int, _Lane | _Queue]] = []
         self._pushed = 0
-        self._in_flight: dict[DeliveryId, tuple[_Queue, float]] = {}
+        self._in_flight: dict[DeliveryId, _Flight] = {}
         self._idle: deque[_Lane] = deque()
         """Lanes with nothing to do, looked at one at each turn."""
         self.total_waiting = 0
@@ -159,16 +200,14 @@ class Lanes:
             queue = self._open(host, delivery.endpoint, now)
         lane = queue.lane
         if delivery.attempt:
-            if not queue.retries and not queue.blocked:
-                lane.retries.append(queue)
             queue.retries.append(delivery)
         else:
-            if not queue.fresh and not queue.blocked:
-                lane.fresh.append(queue)
             queue.fresh.append(delivery)
+        if not queue.blocked:
+            self._enter(queue)
         lane.waiting += 1
         self.total_waiting += 1
-        if not lane.listed and lane.alarm is None and not queue.blocked:
+        if not lane.listed and not lane.cramped and lane.alarm is None and not queue.blocked:
             self._list(lane)
 
     def ready(self, now: float, free: int) -> list[Delivery]:
@@ -189,34 +228,108 @@ class Lanes:
             ring.rotate(-1)
         return started
 
-    def finished(self, delivery: Delivery, verdict: Verdict, now: float) -> None:
-        """An exchange has ended: free its slot, and move the limits by what came of it."""
-        queue, started_mono = self._in_flight.pop(delivery.id)
+    def finished(self, delivery: Delivery, verdict: Verdict, now: float) -> bool | None:
+        """
+        An exchange has ended: free its slot, and move the limits by what came of it.
+
+        Returns whether the endpoint is parked from now on (True), or is not any more (False); None: as before.
+        """
+        flight = self._in_flight.pop(delivery.id)
+        queue = flight.queue
         lane = queue.lane
         success = verdict.kind is VerdictKind.DELIVERED
-        was_open = lane.gate.breaker.open
         lane.gate.finished(
             now,
-            started_mono=started_mono,
+            started_mono=flight.started_mono,
             slower=verdict.slow_lane,
             success=success,
             hold_s=verdict.hold_lane_s,
-            host=verdict.host,
+            sign=verdict.host,
+            written=flight.written,
         )
-        if was_open and not lane.gate.breaker.open:
-            lane.alarm = None  # that of the next probe
-        if queue.gate is not None:
-            queue.gate.finished(now, started_mono=started_mono, slower=False, success=success, hold_s=0.0)
-            if queue.blocked and queue.gate.permitted_at() <= now:
-                self._unblock(queue)
+        if lane.alarm is not None and lane.gate.permitted_at() < lane.alarm:
+            lane.alarm = None  # the breaker closed, or a place in the rate was given back
+        parked = None
+        if queue.gate is not None or (verdict.endpoint_failed and verdict.host is not HostSign.DOWN):
+            parked = self._endpoint_finished(flight, verdict, now, success=success)
         lane.used_mono = now
         if verdict.endpoint_failed:
             lane.problem, lane.problem_mono = verdict.reason, now
         if lane.waiting:
-            if not lane.listed and lane.alarm is None:
+            if not lane.listed and not lane.cramped and lane.alarm is None:
                 self._list(lane)
         elif not lane.gate.in_flight:
             self._rest(lane)
+        for _ in range(min(CRAMPED_AT_ONCE, len(self._cramped))):
+            other = self._cramped.popleft()
+            other.cramped = False
+            if other.waiting and not other.listed and other.alarm is None:
+                self._list(other)
+        return parked
+
+    def _endpoint_finished(
+        self, flight: _Flight, verdict: Verdict, now: float, *, success: bool
+    ) -> bool | None:
+        queue = flight.queue
+        gate = queue.gate
+        if gate is None:
+            gate = self._make_gate(queue, NO_LIMITS)
+            flight.gates = (*flight.gates, gate)
+            gate.in_flight += 1
+        sign = HostSign.NOTHING
+        if success:
+            sign = HostSign.ALIVE
+        elif verdict.endpoint_failed and verdict.host is not HostSign.DOWN:
+            sign = HostSign.DOWN
+        was_open = gate.breaker.open
+        if gate in flight.gates:
+            gate.finished(
+                now,
+                started_mono=flight.started_mono,
+                slower=False,
+                success=success,
+                hold_s=0.0,
+                sign=sign,
+                written=flight.written,
+            )
+        else:
+            gate.told(now, flight.started_mono, sign)
+        self._settle_queue(queue, now)
+        if gate.breaker.open == was_open:
+            return None
+        (self._parked.add if gate.breaker.open else self._parked.discard)(queue.key)
+        return gate.breaker.open
+
+    def _settle_queue(self, queue: _Queue, now: float) -> None:
+        """The endpoint's gate may have opened, or may not be needed any more."""
+        gate = queue.gate
+        assert gate is not None
+        if queue.key not in self._endpoint_limits and gate.untroubled():
+            queue.gate = gate = None
+        if queue.blocked and (gate is None or (gate.permitted_at() <= now and gate.has_slot())):
+            self._unblock(queue)
+
+    # The moment of the write.
+
+    def paced(self, delivery: Delivery) -> bool:
+        """Whether the write of one in flight has to be asked for."""
+        return any(gate.paced for gate in self._in_flight[delivery.id].gates)
+
+    def write_at(self, delivery: Delivery, now: float) -> float:
+        """When a request of one in flight may be written; asked as soon as it could be."""
+        flight = self._in_flight[delivery.id]
+        if flight.ready_mono is None:
+            flight.ready_mono = now
+        return max(gate.write_at() for gate in flight.gates)
+
+    def wrote(self, delivery: Delivery, now: float) -> None:
+        """A request of one in flight is being written."""
+        flight = self._in_flight[delivery.id]
+        ready_mono = now if flight.ready_mono is None else flight.ready_mono
+        lag_s = None if flight.written else ready_mono - flight.started_mono
+        for gate in flight.gates:
+            gate.wrote(now, lag_s)
+        flight.written = True
 
     def withdraw(self, endpoint: EndpointKey, *, beyond: int = 0) -> list[Delivery]:
         """
@@ -229,16 +342,29 @@ class Lanes:
             return []
         lane = queue.lane
         deliveries: list[Delivery] = []
-        for ring, waiting in ((lane.fresh, queue.fresh), (lane.retries, queue.retries)):
-            if waiting and not beyond and not queue.blocked:
-                ring.remove(queue)
+        for waiting in (queue.fresh, queue.retries):
             tail = [waiting.pop() for _ in range(len(waiting) - beyond)]
             deliveries += reversed(tail)
-        lane.waiting -= len(deliveries)
-        self.total_waiting -= len(deliveries)
+        self._left(lane, len(deliveries))
+        return deliveries
+
+    def withdraw_one(self, endpoint: EndpointKey, delivery_id: DeliveryId) -> Delivery | None:
+        """Take back one that waits for its first attempt; None if it does not.  O(n) in its queue in memory."""
+        queue = self._queues.get(endpoint)
+        if queue is None:
+            return None
+        for place, delivery in enumerate(queue.fresh):
+            if delivery.id == delivery_id:
+                del queue.fresh[place]
+                self._left(queue.lane, 1)
+                return delivery
+        return None
+
+    def _left(self, lane: _Lane, count: int) -> None:
+        lane.waiting -= count
+        self.total_waiting -= count
         if not lane.waiting and not lane.gate.in_flight:
             self._rest(lane)
-        return deliveries
 
     def next_wake(self, now: float) -> float | None:
         """When the first throttled or held lane may send again; None if none waits for its time."""
@@ -257,28 +383,25 @@ class Lanes:
     ) -> None:
         """Take other limits; what was sent stays counted."""
         self._default, self._hosts = default, dict(hosts)
-        self.share = max(1, int(SHARE * max_in_flight))
+        self._max_in_flight = max_in_flight
         for lane in self._lanes.values():
             lane.gate.reconfigure(self.limits_of(lane.host))
             lane.alarm = None
-            if lane.waiting and not lane.listed:
+            if lane.waiting and not lane.listed and not lane.cramped:
                 self._list(lane)
 
-    def set_endpoint_limits(self, endpoint: EndpointKey, rate: float | None, concurrency: int | None) -> None:
-        """An endpoint's own limits; the stricter of these and its host's holds."""
+    def set_endpoint(
+        self, endpoint: EndpointKey, rate: float | None, concurrency: int | None, *, parked: bool, now: float
+    ) -> None:
+        """An endpoint's own limits (the stricter of these and its host's holds), and whether it is parked."""
         if rate is None and concurrency is None:
-            if self._endpoint_limits.pop(endpoint, None) is None:
-                return
+            self._endpoint_limits.pop(endpoint, None)
         else:
-            limits = HostLimits(rate or 0.0, 0, concurrency or 0)
-            if self._endpoint_limits.get(endpoint) == limits:
-                return
-            self._endpoint_limits[endpoint] = limits
+            self._endpoint_limits[endpoint] = HostLimits(rate or 0.0, 0, concurrency or 0)
+        (self._parked.add if parked else self._parked.discard)(endpoint)
         queue = self._queues.get(endpoint)
         if queue is not None:
-            self._limit(queue)
-            if queue.blocked:
-                self._unblock(queue)
+            self._limit(queue, now)
 
     def limits_of(self, host: str) -> HostLimits:
         """The limits that the configuration gives a host."""
@@ -319,7 +442,7 @@ class Lanes:
             LaneState(
                 host=lane.host,
                 in_flight=lane.gate.in_flight,
-                concurrency=int(min(lane.gate.limit, self.share)),
+                concurrency=int(lane.gate.limit),
                 cap=0 if lane.gate.cap == NEVER else int(lane.gate.cap),
                 rate=lane.gate.rate,
                 held_s=max(
@@ -329,6 +452,7 @@ class Lanes:
                 ),
                 waiting=lane.waiting,
                 why=self._why(lane, now),
+                breaker="open" if lane.gate.breaker.open else "closed",
                 problem=lane.problem,
                 problem_s=now - lane.problem_mono if lane.problem else 0.0,
             )
@@ -344,10 +468,12 @@ class Lanes:
             return "breaker"
         if lane.gate.permitted_at() > now:
             return "rate"
-        if not self._has_slot(lane):
+        if not lane.gate.has_slot():
             return "concurrency"
-        if not lane.fresh and not lane.retries:
-            return "rate"  # of its endpoints
+        if lane.cramped:
+            return "share"
+        if all(q.blocked for q in lane.queues.values() if q.fresh or q.retries):
+            return "endpoint"
         return "ready"
 
     # One lane.
@@ -360,83 +486,128 @@ class Lanes:
         if queue is None:
             queue = lane.queues[endpoint] = _Queue(endpoint, lane)
         self._queues[endpoint] = queue
-        self._limit(queue)
+        self._limit(queue, now)
         return queue
 
-    def _limit(self, queue: _Queue) -> None:
-        limits = self._endpoint_limits.get(queue.key)
-        if limits is None:
-            # what is in flight was counted at the gate that is dropped, and nobody asks it any more
-            queue.gate = None
-        elif queue.gate is None:
-            queue.gate = HostGate(limits)
-            queue.gate.in_flight = sum(1 for q, _ in self._in_flight.values() if q is queue)
+    def _limit(self, queue: _Queue, now: float) -> None:
+        """Give a queue the gate that its endpoint's limits and state ask for."""
+        limits = self._endpoint_limits.get(queue.key, NO_LIMITS)
+        parked = queue.key in self._parked
+        if queue.gate is None:
+            if limits is NO_LIMITS and not parked:
+                return
+            gate = self._make_gate(queue, limits)
+            for flight in self._in_flight.values():
+                if flight.queue is queue:
+                    flight.gates = (*flight.gates, gate)
+                    gate.in_flight += 1
         else:
-            queue.gate.reconfigure(limits)
+            gate = queue.gate
+            gate.reconfigure(limits)
+        if parked and not gate.breaker.open:
+            gate.breaker.open_since_before(now)
+        elif not parked and gate.breaker.open:
+            gate.breaker.answered()
+            gate.ramp()
+        self._settle_queue(queue, now)
 
-    def _has_slot(self, lane: _Lane) -> bool:
-        return lane.gate.has_slot() and lane.gate.in_flight < self.share
+    @staticmethod
+    def _make_gate(queue: _Queue, limits: HostLimits) -> Gate:
+        # without a cap of its own an endpoint is bounded by its host's limit only
+        gate = queue.gate = Gate(limits, ENDPOINT, uncapped=NEVER)
+        return gate
 
     def _next(self, lane: _Lane, now: float) -> Delivery | None:
         """The lane's next delivery, started; None if it may send nothing now, or has nothing."""
-        gate = lane.gate
-        if not self._has_slot(lane):
+        if not self._permits(lane, now):
             return None
+        gate = lane.gate
+        while True:
+            fresh, retries = self._heads(lane)
+            if fresh is None and retries is None:
+                return None
+            retry = retries is not None and (fresh is None or lane.credit >= 1.0)
+            queue = retries if retry else fresh
+            assert queue is not None
+            if queue.gate is not None and self._block(queue, now):
+                continue
+            if retry:
+                lane.retries.rotate(-1)
+                delivery = queue.retries.popleft()
+                if fresh is not None:
+                    lane.credit -= 1.0
+            else:
+                lane.fresh.rotate(-1)
+                delivery = queue.fresh.popleft()
+                lane.credit = min(RETRY_CREDIT_MOST, lane.credit + RETRY_CREDIT)
+            lane.waiting -= 1
+            self.total_waiting -= 1
+            gate.started(now)
+            gates: tuple[Gate, ...] = (gate,)
+            if queue.gate is not None:
+                queue.gate.started(now)
+                gates = (gate, queue.gate)
+            lane.used_mono = now
+            self._in_flight[delivery.id] = _Flight(queue, gates, now)
+            return delivery
+
+    def _permits(self, lane: _Lane, now: float) -> bool:
+        """Whether a lane may start one more now; else it is seen to that it comes back."""
+        gate = lane.gate
+        if not gate.has_slot():
+            return False
+        if gate.in_flight and gate.in_flight >= self._max_in_flight - len(self._in_flight):
+            lane.cramped = True
+            self._cramped.append(lane)
+            return False
         at = gate.permitted_at()
         if at > now:
             if lane.waiting:
                 lane.alarm = at
                 self._push(at, lane)
-            return None
-        while lane.fresh or lane.retries:
-            retry = bool(lane.retries) and (not lane.fresh or lane.credit >= 1.0)
-            ring = lane.retries if retry else lane.fresh
-            queue = ring[0]
-            if queue.gate is not None and self._block(queue, now):
-                continue
-            waiting = queue.retries if retry else queue.fresh
-            delivery = waiting.popleft()
-            if waiting:
-                ring.rotate(-1)
-            else:
-                ring.popleft()
-            if not retry:
-                lane.credit = min(RETRY_CREDIT_MOST, lane.credit + RETRY_CREDIT)
-            elif lane.fresh:
-                lane.credit -= 1.0
-            lane.waiting -= 1
-            self.total_waiting -= 1
-            gate.started(now)
-            if queue.gate is not None:
-                queue.gate.started(now)
-            lane.used_mono = now
-            self._in_flight[delivery.id] = (queue, now)
-            return delivery
-        return None
+            return False
+        return True
+
+    @staticmethod
+    def _heads(lane: _Lane) -> tuple[_Queue | None, _Queue | None]:
+        """The queues whose turn it is; those that have nothing to give leave the rings here."""
+        fresh, retries = lane.fresh, lane.retries
+        while fresh and (fresh[0].blocked or not fresh[0].fresh):
+            fresh.popleft().in_fresh = False
+        while retries and (retries[0].blocked or not retries[0].retries):
+            retries.popleft().in_retries = False
+        return fresh[0] if fresh else None, retries[0] if retries else None
+
+    @staticmethod
+    def _enter(queue: _Queue) -> None:
+        """Let a queue take its turns in the rings of its lane."""
+        if queue.fresh and not queue.in_fresh:
+            queue.in_fresh = True
+            queue.lane.fresh.append(queue)
+        if queue.retries and not queue.in_retries:
+            queue.in_retries = True
+            queue.lane.retries.append(queue)
 
     def _block(self, queue: _Queue, now: float) -> bool:
-        """Take a queue out of its lane's rings if the endpoint's own limits say wait."""
+        """Pass a queue over if the endpoint's own gate says wait."""
         assert queue.gate is not None
         at = queue.gate.permitted_at()
         if at <= now and queue.gate.has_slot():
             return False
-        if queue.fresh:
-            queue.lane.fresh.remove(queue)
-        if queue.retries:
-            queue.lane.retries.remove(queue)
         queue.blocked = True
+        queue.alarm = None
         if at > now:
+            queue.alarm = at
             self._push(at, queue)
         return True
 
     def _unblock(self, queue: _Queue) -> None:
         queue.blocked = False
-        if queue.fresh:
-            queue.lane.fresh.append(queue)
-        if queue.retries:
-            queue.lane.retries.append(queue)
-        if queue.lane.waiting and not queue.lane.listed and queue.lane.alarm is None:
-            self._list(queue.lane)
+        queue.alarm = None
+        self._enter(queue)
+        lane = queue.lane
+        if lane.waiting and not lane.listed and not lane.cramped and lane.alarm is None:
+            self._list(lane)
 
     # The ring and the heap.
 
@@ -451,9 +622,7 @@ class Lanes:
     @staticmethod
     def _waits(waiter: _Lane | _Queue, at: float) -> bool:
         """Whether a heap entry still means something; others were overtaken."""
-        if isinstance(waiter, _Lane):
-            return waiter.alarm == at
-        return waiter.blocked
+        return waiter.alarm == at
 
     def _release(self, now: float) -> None:
         heap = self._heap

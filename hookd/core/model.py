@@ -74,6 +74,21 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class Health:
+    """How an endpoint has fared since its last success.  Kept in its row, over restarts."""
+
+    failing_since: float | None = None
+    """Wall time of the first failure."""
+    reason: str | None = None
+    """The failure that changed it last."""
+    parked_at: float | None = None
+    """Wall time since when it gets probes only."""
+
+
+HEALTHY = Health()
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A subscriber's URL and how to serve it, as the owner of its shard knows it."""
 
@@ -93,8 +108,7 @@ class Endpoint:
     rate: float | None = None
     concurrency: int | None = None
     ordered: bool = False
-    failing_since: float | None = None
-    """Wall time of the first failure since the last success."""
+    health: Health = HEALTHY
     secrets: tuple[Secret, ...] = ()
     """Signing secrets in the ``whsec_`` form, newest first; several while one rotates."""
     rotates_until: float | None = None
@@ -133,6 +147,9 @@ class Delivery:
     due_at: float | None = None
     """None for a fresh one."""
     replay: bool = False
+    coalesce_key: str | None = None
+    replaced_by: UUID | None = None
+    """A newer event of its coalesce key: this one is not sent any more."""
 
 
 class OutcomeKind(enum.StrEnum):
@@ -250,9 +267,8 @@ class Result:
     outcome: Outcome | None
     """None for an ending without an exchange (expired, cancelled, endpoint disabled)."""
     verdict: Verdict
-    health_changed: bool = False
-    """The endpoint began to fail or recovered: ``failing_since`` is to be written."""
-    failing_since: float | None = None
+    health: Health | None = None
+    """Where it has changed, and is to be written: the endpoint began to fail, was parked, or recovered."""
     written_wall: float = 0.0
     """Wall time when the verdict was given."""
 

@@ -40,6 +40,9 @@ class Row(NamedTuple):
     replay: bool
     blocked: bool
     """An older row of its order key is pending."""
+    coalesce_key: str | None = None
+    replaced_by: UUID | None = None
+    """The event of the newest pending row of its coalesce key, if no attempt was made for this one."""
     later: bool = False
     """It is not due yet."""
 

@@ -172,13 +172,16 @@ def _retry(
 
 
 def _disable(endpoint: Endpoint, policy: RetryPolicy, now: float) -> str | None:
-    if endpoint.failing_since is None or now - endpoint.failing_since < policy.disable_after_s:
+    since = endpoint.health.failing_since
+    if since is None or now - since < policy.disable_after_s:
         return None
     return f"nothing but failures for {policy.disable_after_s / 86400:.3g} days"
 
 
 def ending(delivery: Delivery, endpoint: Endpoint, now: float) -> Verdict | None:
-    """The end of a delivery that needs no exchange: expired, removed or disabled endpoint.  None: send it."""
+    """The end of a delivery that needs no exchange: replaced, expired, removed or disabled endpoint.  None: send it."""
+    if delivery.replaced_by is not None and not delivery.attempt:
+        return Verdict(VerdictKind.CANCELLED, f"replaced by event {delivery.replaced_by}")
     expires_at = delivery.event.expires_at
     if expires_at is not None and now >= expires_at:
         reason = (

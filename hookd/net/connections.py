@@ -195,6 +195,10 @@ class Connections:
     def __repr__(self) -> str:
         return f"<Connections idle={sum(map(len, self._idle.values()))} opened={self.opened}>"
 
+    def has_idle(self, target: Target) -> bool:
+        """Whether there is an idle connection to the target, good or not."""
+        return bool(self._idle.get(key_of(target, self._context)))
+
     def take(self, target: Target) -> Line | None:
         """An idle connection to the target that is silent and alive; the one that was used last."""
         lines = self._idle.get(key_of(target, self._context))

@@ -24,7 +24,7 @@ import errno
 import inspect
 import ssl
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urljoin
 
 import aiohttp
@@ -61,6 +61,18 @@ REPEATING = frozenset({307, 308})
 
 FLOORS = {"aiohttp": (3, 14, 4), "pycares": (5, 2, 1), "yarl": (1, 25, 1), "asyncpg": (0, 32, 0)}
 """Security floors: CVE-2026-69244 and GHSA-2g87-pp6c-29x5 (aiohttp), CVE-2026-33630 (c-ares in pycares)."""
+
+
+class Turn(Protocol):
+    """The rate of a host (the dispatcher's)."""
+
+    async def wait(self) -> bool:
+        """Wait until one may be written, at once; False: that is too far away."""
+        ...
+
+    def wrote(self) -> None:
+        """One is being written."""
+        ...
 
 
 class _DeadlinePassed(Exception):
@@ -110,21 +122,27 @@ class HttpExchange:
     def __repr__(self) -> str:
         return f"<HttpExchange {self.connections!r}>"
 
-    async def send(self, request: Request) -> Outcome:
-        """Make one exchange; it ends within ``timeout_s``, and nothing that the network does is raised."""
+    async def send(self, request: Request, turn: Turn | None = None) -> Outcome:
+        """
+        Make one exchange; it ends within ``timeout_s``, and nothing that the network does is raised.
+
+        ``turn`` is asked before each write to the request's host, where that has a rate.
+        """
         begun = self._mono()
         outcome = Outcome(OutcomeKind.ANSWERED, started_at=self._wall(), url=request.target.url)
         deadline = begun + request.timeout_s
         try:
-            await self._send(request, outcome, deadline)
+            await self._send(request, outcome, deadline, turn)
             while outcome.status in REDIRECT_STATUSES and self.options.redirects != "never":
                 hop = self._hop(request, outcome)
                 if hop is None:
                     break
+                if hop.target.lane != request.target.lane:
+                    turn = None  # another host's rate is not asked
                 request = hop
                 outcome.redirects += 1
                 outcome.url = hop.target.url
-                await self._send(request, outcome, deadline)
+                await self._send(request, outcome, deadline, turn)
         except _Unanswered as end:
             outcome.kind, outcome.reason, outcome.status = end.kind, end.reason, 0
         outcome.total_ms = (self._mono() - begun) * 1000
@@ -137,12 +155,15 @@ class HttpExchange:
 
     # One request and its answer.
 
-    async def _send(self, request: Request, outcome: Outcome, deadline: float) -> None:
+    async def _send(self, request: Request, outcome: Outcome, deadline: float, turn: Turn | None) -> None:
+        if turn is not None and self.connections.has_idle(request.target):
+            # before the idle connection is looked at: that has to be just before it is used
+            await self._wait(turn)
         line = self.connections.take(request.target)
         outcome.reused = line is not None
         if line is not None:
             try:
-                await self._converse(line, request, outcome, deadline)
+                await self._converse(line, request, outcome, deadline, turn)
             except _Unanswered as end:
                 if not end.resend:
                     raise
@@ -150,7 +171,18 @@ class HttpExchange:
             else:
                 return
         line = await self._connect(request, outcome, deadline)
-        await self._converse(line, request, outcome, deadline)
+        if turn is not None:
+            try:
+                await self._wait(turn)
+            except BaseException:
+                line.drop()
+                raise
+        await self._converse(line, request, outcome, deadline, turn)
+
+    @staticmethod
+    async def _wait(turn: Turn) -> None:
+        if not await turn.wait():
+            raise _Unanswered(OutcomeKind.OURS, "the host's rate was lowered meanwhile")
 
     async def _connect(self, request: Request, outcome: Outcome, deadline: float) -> Line:
         begun = self._mono()
@@ -175,7 +207,9 @@ class HttpExchange:
         outcome.connect_ms = (self._mono() - begun) * 1000 - outcome.dns_ms
         return line
 
-    async def _converse(self, line: Line, request: Request, outcome: Outcome, deadline: float) -> None:
+    async def _converse(
+        self, line: Line, request: Request, outcome: Outcome, deadline: float, turn: Turn | None
+    ) -> None:
         """Write the request and read the answer; the connection is kept or dropped before this returns."""
         timer = self._loop.call_at(deadline, _expire, line.protocol)
         keep = False
@@ -188,7 +222,7 @@ class HttpExchange:
                 max_field_size=HEADER_LINE_MOST,
                 max_headers=HEADERS_MOST,
             )
-            self._write(line, request, outcome)
+            self._write(line, request, outcome, turn)
             written = self._mono()
             payload = await self._read_head(line, outcome)
             outcome.first_byte_ms = (self._mono() - written) * 1000
@@ -200,10 +234,12 @@ class HttpExchange:
             else:
                 line.drop()
 
-    def _write(self, line: Line, request: Request, outcome: Outcome) -> None:
+    def _write(self, line: Line, request: Request, outcome: Outcome, turn: Turn | None) -> None:
         transport = line.transport
         if transport.is_closing():
             raise _Unanswered(OutcomeKind.CONNECT_FAILED, "the connection was closed", resend=outcome.reused)
+        if turn is not None:
+            turn.wrote()
         head = request.head + request.lines
         if len(request.body) <= ONE_WRITE_MOST:
             transport.write(head + request.body)

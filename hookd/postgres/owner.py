@@ -88,8 +88,8 @@ select 'hookd.delivery.exhausted',
 
 NOTE_HEALTH = """
 update hookd.endpoint e
-   set failing_since = to_timestamp(v.since)
-  from unnest($1::integer[], $2::double precision[]) as v (key, since)
+   set failing_since = to_timestamp(v.since), failing_reason = v.reason, parked_at = to_timestamp(v.parked_at)
+  from unnest($1::integer[], $2::double precision[], $3::text[], $4::double precision[]) as v (key, since, reason, parked_at)
  where e.key = v.key
 """
 
@@ -274,9 +274,15 @@ class OwnerSession:
             await self._connection.execute(BURY, *graves)
             await self._connection.execute(REPORT_EXHAUSTED, *graves)
             settled.statements += 2
-        health = {r.endpoint_key: r.failing_since for r in written if r.health_changed}
+        health = {r.endpoint_key: r.health for r in written if r.health is not None}
         if health:
-            await self._connection.execute(NOTE_HEALTH, list(health), list(health.values()))
+            await self._connection.execute(
+                NOTE_HEALTH,
+                list(health),
+                [h.failing_since for h in health.values()],
+                [h.reason for h in health.values()],
+                [h.parked_at for h in health.values()],
+            )
             settled.statements += 1
         disable = {r.endpoint_key: r.verdict.disable for r in written if r.verdict.disable}
         if disable:

@@ -12,7 +12,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Secret
+from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health, Secret
 from hookd.core.reads import Arrivals, Place, Row, Snapshot
 from hookd.postgres.connect import unavailable
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     import asyncpg
+
+    from hookd.core.model import DeliveryId
 
 READ_TIMEOUT_S = 30.0
 
@@ -36,23 +38,34 @@ set jit = off
 
 LISTEN = "listen hookd"
 
+# Of a row d: whether an older one of its order key is pending, and which is the newest of its coalesce key.
+BLOCKED = """
+       d.order_key is not null and exists (
+         select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id
+       ) as blocked,"""
+
+REPLACED = """
+       case when d.coalesce_key is not null and d.attempt = 0 then (
+         select n.event_id from hookd.delivery n
+          where n.endpoint = d.endpoint and n.coalesce_key = d.coalesce_key and n.id > d.id
+          order by n.id desc limit 1) end as replaced_by"""
+
+COLUMNS = "d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.coalesce_key,"
+
 # Rows whose transaction the last snapshot did not see and this one does: exact, whatever the order of commits.
 # The first row carries the snapshot that the others were read with.
-ARRIVALS = """
+ARRIVALS = f"""
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as now, null::bigint as id, null::uuid as event_id,
        null::integer as endpoint, null::smallint as shard, null::smallint as attempt, null::timestamptz as due_at,
-       null::text as order_key, null::boolean as replay, null::boolean as blocked
+       null::text as order_key, null::boolean as replay, null::text as coalesce_key, null::boolean as blocked,
+       null::uuid as replaced_by
 union all
-(select null, null, d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay,
-        d.order_key is not null and exists (
-          select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id)
+(select null, null, {COLUMNS}{BLOCKED}{REPLACED}
    from hookd.delivery d
   where d.xid >= $1::text::xid8 and d.shard = any($3::smallint[])
   limit $4)
 union all
-(select null, null, d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay,
-        d.order_key is not null and exists (
-          select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id)
+(select null, null, {COLUMNS}{BLOCKED}{REPLACED}
    from hookd.delivery d
   where d.xid = any($2::text[]::xid8[]) and d.shard = any($3::smallint[])
   limit $4)
@@ -69,25 +82,19 @@ select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.
  group by d.endpoint
 """
 
-REFILL_FRESH = """
-select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.blocked
+REFILL_FRESH = f"""
+select {COLUMNS}{BLOCKED}{REPLACED}
   from unnest($1::integer[], $2::bigint[], $3::integer[]) as q (endpoint, place, want)
  cross join lateral (
-   select f.*, f.order_key is not null and exists (
-            select from hookd.delivery o where o.endpoint = f.endpoint and o.order_key = f.order_key and o.id < f.id
-          ) as blocked
-     from hookd.delivery f
+   select f.* from hookd.delivery f
     where f.endpoint = q.endpoint and f.due_at is null and f.id > q.place
     order by f.id
     limit q.want) d
 """
 
 # An endpoint's rows that are due, and the first one that is not: when to look again. An ended endpoint's are all due.
-REFILL_DUE = """
-select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.later,
-       d.order_key is not null and exists (
-         select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id
-       ) as blocked
+REFILL_DUE = f"""
+select {COLUMNS} d.later,{BLOCKED}{REPLACED}
   from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[], $5::boolean[])
        as q (endpoint, due_at, id, want, ended)
  cross join lateral (
@@ -107,14 +114,36 @@ select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, 
 """
 
 # The oldest row of each order key: what may be sent once the head before it is settled.
-SUCCESSORS = """
-select d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, false as blocked
+SUCCESSORS = f"""
+select {COLUMNS} false as blocked,{REPLACED}
   from unnest($1::integer[], $2::text[]) as q (endpoint, order_key)
  cross join lateral (
    select f.* from hookd.delivery f
     where f.endpoint = q.endpoint and f.order_key = q.order_key
     order by f.id
     limit 1) d
+"""
+
+# The newest row of each coalesce key: what may be sent once the one under way has ended.
+LATEST = f"""
+select {COLUMNS}{BLOCKED} null::uuid as replaced_by
+  from unnest($1::integer[], $2::text[]) as q (endpoint, coalesce_key)
+ cross join lateral (
+   select f.* from hookd.delivery f
+    where f.endpoint = q.endpoint and f.coalesce_key = q.coalesce_key
+    order by f.id desc
+    limit 1) d
+"""
+
+# What a newer row of a coalesce key replaces, wherever it waits: behind a place, or for its time.
+OLDER = f"""
+select {COLUMNS} false as blocked, q.event_id as replaced_by
+  from unnest($1::integer[], $2::text[], $3::bigint[], $4::uuid[]) as q (endpoint, coalesce_key, id, event_id)
+ cross join lateral (
+   select f.* from hookd.delivery f
+    where f.endpoint = q.endpoint and f.coalesce_key = q.coalesce_key and f.id < q.id and f.attempt = 0
+    order by f.id
+    limit $5) d
 """
 
 # Loose index scans: one probe for each endpoint that has rows, not one for each row.
@@ -150,7 +179,7 @@ SNAPSHOT = "select pg_current_snapshot()::text as snapshot, clock_timestamp() as
 
 ENDPOINT_COLUMNS = """
 select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.state, e.state_reason, e.format, e.rate, e.concurrency,
-       e.ordered, e.failing_since, e.former_shards,
+       e.ordered, e.failing_since, e.failing_reason, e.parked_at, e.former_shards,
        array(select s.value from hookd.endpoint_secret s
               where s.endpoint = e.key and s.purpose = 'signing' and (s.expires_at is null or s.expires_at > now())
               order by s.id desc) as secrets,
@@ -252,6 +281,20 @@ class Queue:
         columns = [list(c) for c in zip(*keys, strict=True)]
         return [_row(r) for r in await self._run(self._connection.fetch, SUCCESSORS, *columns)]
 
+    async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
+        """The newest pending row of each ``(endpoint, coalesce key)``."""
+        columns = [list(c) for c in zip(*keys, strict=True)]
+        return [_row(r) for r in await self._run(self._connection.fetch, LATEST, *columns)]
+
+    async def older(self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int) -> list[Row]:
+        """
+        What the newer rows replace; at most so many of each.
+
+        ``newer`` is ``(endpoint, coalesce key, id, its event)``.
+        """
+        columns = [list(c) for c in zip(*newer, strict=True)]
+        return [_row(r) for r in await self._run(self._connection.fetch, OLDER, *columns, most)]
+
     async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]:
         """The endpoints that have fresh rows, and those that have rows with a time, with the first of these."""
         await self._run(self._connection.execute, RESET_FOREIGN_XIDS)
@@ -320,7 +363,7 @@ class Queue:
                 rate=r["rate"],
                 concurrency=r["concurrency"],
                 ordered=r["ordered"],
-                failing_since=_epoch(r["failing_since"]),
+                health=Health(_epoch(r["failing_since"]), r["failing_reason"], _epoch(r["parked_at"])),
                 secrets=tuple(Secret(s) for s in r["secrets"]),
                 rotates_until=_epoch(r["rotates_until"]),
                 headers=json.loads(r["headers"]) if r["headers"] else {},
@@ -332,7 +375,7 @@ class Queue:
 def _row(r: asyncpg.Record, *, later: bool = False) -> Row:
     return Row(
         r["id"], r["event_id"], r["endpoint"], r["shard"], r["attempt"], r["due_at"], r["order_key"], r["replay"],
-        r["blocked"], later,
+        r["blocked"], r["coalesce_key"], r["replaced_by"], later,
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ TYPE_PATTERN = re.compile(r"\*|[^\s*]{1,255}?(\.\*)?")
 
 SELECT = """
 select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.types, e.filter::text as filter, e.format, e.ordered, e.rate,
-       e.concurrency, e.description, e.state, e.state_reason, e.state_at, e.failing_since, e.created_at, e.updated_at,
+       e.concurrency, e.description, e.state, e.state_reason, e.state_at, e.failing_since, e.failing_reason, e.parked_at,
+       e.created_at, e.updated_at,
        (select array_agg(k order by k) from json_object_keys((
           select s.value::json from hookd.endpoint_secret s
            where s.endpoint = e.key and s.purpose = 'headers' order by s.id desc limit 1)) as k) as header_names,
@@ -84,7 +85,10 @@ TOUCH = "update hookd.endpoint set updated_at = now() where key = $1"
 
 SET_STATE = """
 update hookd.endpoint
-   set state = $2, state_reason = $3, failing_since = case when $2 = 'active' then null else failing_since end
+   set state = $2, state_reason = $3,
+       failing_since = case when $2 = 'active' then null else failing_since end,
+       failing_reason = case when $2 = 'active' then null else failing_reason end,
+       parked_at = case when $2 = 'active' then null else parked_at end
  where id = $1 and state = any($4::text[])
 returning key, state_at
 """
@@ -171,6 +175,8 @@ class EndpointRecord:
     state_reason: str | None
     state_at: datetime.datetime
     failing_since: datetime.datetime | None
+    failing_reason: str | None
+    parked_at: datetime.datetime | None
     created_at: datetime.datetime
     updated_at: datetime.datetime
     header_names: list[str] | None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookd.core.breaker import BREAK_AFTER, PROBE_FIRST_S, PROBE_MOST_S, Breaker
+from hookd.core.breaker import HOST, Breaker
 from hookd.core.lanes import Lanes
 from hookd.core.model import HostLimits, Outcome, OutcomeKind, Verdict, VerdictKind
 from hookd.core.verdict import host_sign
@@ -35,7 +35,7 @@ def test_a_dead_host_costs_a_handful_of_exchanges() -> None:
     assert world.most_in_flight("dead:80", 1, HOUR) == 1
     (state,) = world.lanes.snapshot(world.now)
     assert state.why == "breaker"
-    assert 0 <= state.held_s <= PROBE_MOST_S
+    assert 0 <= state.held_s <= HOST.most_s
 
 
 def test_its_neighbours_notice_nothing() -> None:
@@ -56,7 +56,7 @@ def test_a_returning_host_gets_a_ramp_and_then_everything() -> None:
     world.run(200.0)
     delivered = [s for s in world.starts if s.verdict is DELIVERED]
     back = delivered[0].at
-    assert 100.0 <= back <= 100.0 + PROBE_MOST_S + 1
+    assert 100.0 <= back <= 100.0 + HOST.most_s + 1
     at_once = [
         world.most_in_flight("dead:80", back + n * 0.01 - 1e-6, back + (n + 1) * 0.01 - 1e-6)
         for n in range(8)
@@ -93,7 +93,7 @@ def test_what_is_down_and_what_is_alive() -> None:
 def test_a_sign_of_life_between_failures_keeps_it_closed() -> None:
     breaker = Breaker()
     for n in range(100):
-        if n % BREAK_AFTER == 0:
+        if n % HOST.failures == 0:
             breaker.answered()
         else:
             breaker.failed(float(n), float(n))
@@ -103,7 +103,7 @@ def test_a_sign_of_life_between_failures_keeps_it_closed() -> None:
 def test_intervals_double_up_to_a_minute() -> None:
     breaker = Breaker()
     now = 0.0
-    for _ in range(BREAK_AFTER):
+    for _ in range(HOST.failures):
         breaker.failed(now, now)
     waits = []
     for _ in range(9):
@@ -179,6 +179,6 @@ def test_a_lane_with_an_open_breaker_is_not_looked_at() -> None:
     for started in lanes.ready(0.0, 100):
         lanes.finished(started, REFUSED, 0.0)
     assert lanes.ready(0.0, 100) == []
-    assert lanes.next_wake(0.0) == PROBE_FIRST_S
-    assert lanes.ready(PROBE_FIRST_S / 2, 100) == []
-    assert len(lanes.ready(PROBE_FIRST_S, 100)) == 1
+    assert lanes.next_wake(0.0) == HOST.first_s
+    assert lanes.ready(HOST.first_s / 2, 100) == []
+    assert len(lanes.ready(HOST.first_s, 100)) == 1

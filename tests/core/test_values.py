@@ -27,6 +27,7 @@ from hookd.core.model import (
     EndpointKey,
     EndpointState,
     Event,
+    Health,
     Outcome,
     OutcomeKind,
     RetryPolicy,
@@ -378,9 +379,10 @@ def test_retry_after_is_honoured_within_bounds() -> None:
 
 def test_an_endpoint_that_only_failed_is_disabled() -> None:
     day = 86400
-    assert judged(answered(500), failing_since=1700000000 - 4 * day).disable is None
+    assert judged(answered(500), health=Health(1700000000 - 4 * day)).disable is None
     assert (
-        judged(answered(500), failing_since=1700000000 - 5 * day).disable == "nothing but failures for 5 days"
+        judged(answered(500), health=Health(1700000000 - 5 * day)).disable
+        == "nothing but failures for 5 days"
     )
 
 

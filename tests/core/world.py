@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -33,12 +34,18 @@ class Start:
     host: str
     delivery: Delivery
     verdict: Verdict
-    ended: float
+    takes: float
+    ended: float = float("inf")
+    written: float | None = None
 
 
 @dataclass
 class World:
-    """``answers`` says for a host and a time how long an exchange takes and what comes of it."""
+    """
+    ``answers`` says for a host and a time how long an exchange takes and what comes of it.
+
+    ``lag`` says how long it takes from its start until it could be written; of that time ``lanes`` knows nothing.
+    """
 
     lanes: Lanes
     answers: Callable[[str, float], tuple[float, Verdict]]
@@ -46,9 +53,12 @@ class World:
     now: float = 0.0
     starts: list[Start] = field(default_factory=list)
     on_end: Callable[[Start], None] = lambda _: None
+    lag: Callable[[], float] = lambda: 0.0
+    parked: list[tuple[float, EndpointKey, bool]] = field(default_factory=list)
     _hosts: dict[EndpointKey, str] = field(default_factory=dict)
-    _under_way: list[tuple[float, int, Start]] = field(default_factory=list)
+    _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _numbers: int = 0
+    _under_way: int = 0
 
     def admit(self, host: str, count: int = 1, endpoint: int = 1, attempt: int = 0) -> None:
         """Let so many deliveries wait."""
@@ -62,7 +72,7 @@ class World:
         while True:
             self._turn()
             next_at = min(
-                self._under_way[0][0] if self._under_way else until,
+                self._events[0][0] if self._events else until,
                 self.lanes.next_wake(self.now) or until,
             )
             if next_at >= until:
@@ -70,10 +80,8 @@ class World:
                 return
             # rounding must not make it stand still
             self.now = max(next_at, self.now + 1e-9)
-            while self._under_way and self._under_way[0][0] <= self.now:
-                _, _, start = heapq.heappop(self._under_way)
-                self.lanes.finished(start.delivery, start.verdict, self.now)
-                self.on_end(start)
+            while self._events and self._events[0][0] <= self.now:
+                heapq.heappop(self._events)[2]()
 
     def in_flight(self, host: str, at: float) -> int:
         """How many exchanges with a host were under way."""
@@ -86,10 +94,38 @@ class World:
             default=0,
         )
 
+    def _at(self, at: float, what: Callable[[], None]) -> None:
+        self._numbers += 1
+        heapq.heappush(self._events, (at, self._numbers, what))
+
     def _turn(self) -> None:
-        for started in self.lanes.ready(self.now, self.max_in_flight - len(self._under_way)):
+        for started in self.lanes.ready(self.now, self.max_in_flight - self._under_way):
             host = self._hosts[started.endpoint]
             takes, verdict = self.answers(host, self.now)
-            start = Start(self.now, host, started, verdict, self.now + takes)
+            start = Start(self.now, host, started, verdict, takes)
             self.starts.append(start)
-            heapq.heappush(self._under_way, (start.ended, len(self.starts), start))
+            self._under_way += 1
+            if self.lanes.paced(started):
+                self._at(self.now + self.lag(), partial(self._write, start))
+            else:
+                self._answer(start)
+
+    def _write(self, start: Start) -> None:
+        at = self.lanes.write_at(start.delivery, self.now)
+        if at > self.now:
+            self._at(at, partial(self._write, start))
+            return
+        self.lanes.wrote(start.delivery, self.now)
+        start.written = self.now
+        self._answer(start)
+
+    def _answer(self, start: Start) -> None:
+        start.ended = self.now + start.takes
+        self._at(start.ended, partial(self._end, start))
+
+    def _end(self, start: Start) -> None:
+        self._under_way -= 1
+        parked = self.lanes.finished(start.delivery, start.verdict, self.now)
+        if parked is not None:
+            self.parked.append((self.now, start.delivery.endpoint, parked))
+        self.on_end(start)
