@@ -28,7 +28,7 @@ Measured on one core, 20 hosts: ``admit`` + ``ready`` + ``finished`` cost 2.6 µ
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -170,7 +170,7 @@ class Lanes:
         self._queues: dict[EndpointKey, _Queue] = {}
         self._endpoint_limits: dict[EndpointKey, HostLimits] = {}
         self._parked: set[EndpointKey] = set()
-        self._cramped: deque[_Lane] = deque()
+        self._cramped: OrderedDict[_Lane, None] = OrderedDict()
         self._ring: deque[_Lane] = deque()
         self._heap: list[tuple[float, int, _Lane | _Queue]] = []
         self._pushed = 0
@@ -253,19 +253,26 @@ class Lanes:
         if queue.gate is not None or (verdict.endpoint_failed and verdict.host is not HostSign.DOWN):
             parked = self._endpoint_finished(flight, verdict, now, success=success)
         lane.used_mono = now
+        if lane.cramped:
+            lane.cramped = False
+            del self._cramped[lane]
         if verdict.endpoint_failed:
             lane.problem, lane.problem_mono = verdict.reason, now
+        self._uncramp()
         if lane.waiting:
-            if not lane.listed and not lane.cramped and lane.alarm is None:
+            if not lane.listed and lane.alarm is None:
                 self._list(lane)
         elif not lane.gate.in_flight:
             self._rest(lane)
-        for _ in range(min(CRAMPED_AT_ONCE, len(self._cramped))):
-            other = self._cramped.popleft()
-            other.cramped = False
-            if other.waiting and not other.listed and other.alarm is None:
-                self._list(other)
         return parked
+
+    def _uncramp(self) -> None:
+        """A slot is free: those that have waited for one come first, and the lane that gave it back after them."""
+        for _ in range(min(CRAMPED_AT_ONCE, len(self._cramped))):
+            lane, _ = self._cramped.popitem(last=False)
+            lane.cramped = False
+            if lane.waiting and not lane.listed and lane.alarm is None:
+                self._list(lane)
 
     def _endpoint_finished(
         self, flight: _Flight, verdict: Verdict, now: float, *, success: bool
@@ -294,20 +301,22 @@ class Lanes:
             )
         else:
             gate.told(now, flight.started_mono, sign)
-        self._settle_queue(queue, now)
+        self._settle_queue(queue)
         if gate.breaker.open == was_open:
             return None
         (self._parked.add if gate.breaker.open else self._parked.discard)(queue.key)
         return gate.breaker.open
 
-    def _settle_queue(self, queue: _Queue, now: float) -> None:
+    def _settle_queue(self, queue: _Queue) -> None:
         """The endpoint's gate may have opened, or may not be needed any more."""
         gate = queue.gate
         assert gate is not None
         if queue.key not in self._endpoint_limits and gate.untroubled():
             queue.gate = gate = None
-        if queue.blocked and (gate is None or (gate.permitted_at() <= now and gate.has_slot())):
-            self._unblock(queue)
+        if queue.blocked and (
+            gate is None or (gate.has_slot() and (queue.alarm is None or gate.permitted_at() < queue.alarm))
+        ):
+            self._unblock(queue)  # and it is blocked again, with an alarm, if its time has not come
 
     # The moment of the write.
 
@@ -509,7 +518,7 @@ class Lanes:
         elif not parked and gate.breaker.open:
             gate.breaker.answered()
             gate.ramp()
-        self._settle_queue(queue, now)
+        self._settle_queue(queue)
 
     @staticmethod
     def _make_gate(queue: _Queue, limits: HostLimits) -> Gate:
@@ -558,7 +567,7 @@ class Lanes:
             return False
         if gate.in_flight and gate.in_flight >= self._max_in_flight - len(self._in_flight):
             lane.cramped = True
-            self._cramped.append(lane)
+            self._cramped[lane] = None
             return False
         at = gate.permitted_at()
         if at > now:

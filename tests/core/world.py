@@ -52,7 +52,10 @@ class World:
     max_in_flight: int = 2000
     now: float = 0.0
     starts: list[Start] = field(default_factory=list)
+    answers_for: Callable[[EndpointKey], tuple[float, Verdict]] | None = None
+    """In place of ``answers``, by endpoint."""
     on_end: Callable[[Start], None] = lambda _: None
+    after_turn: Callable[[World], None] = lambda _: None
     lag: Callable[[], float] = lambda: 0.0
     parked: list[tuple[float, EndpointKey, bool]] = field(default_factory=list)
     _hosts: dict[EndpointKey, str] = field(default_factory=dict)
@@ -101,7 +104,11 @@ class World:
     def _turn(self) -> None:
         for started in self.lanes.ready(self.now, self.max_in_flight - self._under_way):
             host = self._hosts[started.endpoint]
-            takes, verdict = self.answers(host, self.now)
+            takes, verdict = (
+                self.answers(host, self.now)
+                if self.answers_for is None
+                else self.answers_for(started.endpoint)
+            )
             start = Start(self.now, host, started, verdict, takes)
             self.starts.append(start)
             self._under_way += 1
@@ -109,6 +116,7 @@ class World:
                 self._at(self.now + self.lag(), partial(self._write, start))
             else:
                 self._answer(start)
+        self.after_turn(self)
 
     def _write(self, start: Start) -> None:
         at = self.lanes.write_at(start.delivery, self.now)
