@@ -301,7 +301,10 @@ class Daemon:
             self.exchange.connections.drop_idle()
         self.exchange.options = self._options()
         self.lanes.reconfigure(
-            config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
+            config.default_limits(),
+            config.host_limits(),
+            max_in_flight=config.delivery.max_in_flight,
+            now=self._clock.mono(),
         )
         self.dispatcher.renew(config.retry_policy(), config.delivery.max_in_flight)
         log.info("configuration applied")

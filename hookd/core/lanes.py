@@ -22,7 +22,7 @@ leave 1/(n + 1) of it to the others (dynamic thresholds, Choudhury and Hahne 199
 An endpoint has a gate of its own where it has limits of its own, and while it fails: one that answers nothing but errors
 is *parked* (``core.breaker.ENDPOINT``), with a probe now and then, and comes back in a ramp.
 
-Measured on one core, 20 hosts: ``admit`` + ``ready`` + ``finished`` cost 2.6 µs a delivery together.
+Measured on one core, 20 hosts: ``admit`` + ``ready`` + ``finished`` cost 4 µs a delivery together, 5 µs with a rate.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class _Lane:
         "credit",
         "fresh",
         "gate",
+        "gates",
         "host",
         "idle",
         "listed",
@@ -112,6 +113,8 @@ class _Lane:
     def __init__(self, host: str, limits: HostLimits, now: float) -> None:
         self.host = host
         self.gate = Gate(limits)
+        self.gates: tuple[Gate, ...] = (self.gate,)
+        """Those that count an exchange of an endpoint that has none of its own."""
         self.queues: dict[EndpointKey, _Queue] = {}
         self.fresh: deque[_Queue] = deque()
         self.retries: deque[_Queue] = deque()
@@ -258,7 +261,8 @@ class Lanes:
             del self._cramped[lane]
         if verdict.endpoint_failed:
             lane.problem, lane.problem_mono = verdict.reason, now
-        self._uncramp()
+        if self._cramped:
+            self._uncramp()
         if lane.waiting:
             if not lane.listed and lane.alarm is None:
                 self._list(lane)
@@ -388,13 +392,13 @@ class Lanes:
     # Limits.
 
     def reconfigure(
-        self, default: HostLimits, hosts: Mapping[str, HostLimits], *, max_in_flight: int
+        self, default: HostLimits, hosts: Mapping[str, HostLimits], *, max_in_flight: int, now: float
     ) -> None:
         """Take other limits; what was sent stays counted."""
         self._default, self._hosts = default, dict(hosts)
         self._max_in_flight = max_in_flight
         for lane in self._lanes.values():
-            lane.gate.reconfigure(self.limits_of(lane.host))
+            lane.gate.reconfigure(self.limits_of(lane.host), now)
             lane.alarm = None
             if lane.waiting and not lane.listed and not lane.cramped:
                 self._list(lane)
@@ -512,7 +516,7 @@ class Lanes:
                     gate.in_flight += 1
         else:
             gate = queue.gate
-            gate.reconfigure(limits)
+            gate.reconfigure(limits, now)
         if parked and not gate.breaker.open:
             gate.breaker.open_since_before(now)
         elif not parked and gate.breaker.open:
@@ -531,19 +535,15 @@ class Lanes:
         if not self._permits(lane, now):
             return None
         gate = lane.gate
-        while True:
-            fresh, retries = self._heads(lane)
-            if fresh is None and retries is None:
-                return None
-            retry = retries is not None and (fresh is None or lane.credit >= 1.0)
-            queue = retries if retry else fresh
-            assert queue is not None
+        while self._has_heads(lane):
+            retry = bool(lane.retries) and (not lane.fresh or lane.credit >= 1.0)
+            queue = lane.retries[0] if retry else lane.fresh[0]
             if queue.gate is not None and self._block(queue, now):
                 continue
             if retry:
                 lane.retries.rotate(-1)
                 delivery = queue.retries.popleft()
-                if fresh is not None:
+                if lane.fresh:
                     lane.credit -= 1.0
             else:
                 lane.fresh.rotate(-1)
@@ -552,13 +552,14 @@ class Lanes:
             lane.waiting -= 1
             self.total_waiting -= 1
             gate.started(now)
-            gates: tuple[Gate, ...] = (gate,)
+            gates = lane.gates
             if queue.gate is not None:
                 queue.gate.started(now)
                 gates = (gate, queue.gate)
             lane.used_mono = now
             self._in_flight[delivery.id] = _Flight(queue, gates, now)
             return delivery
+        return None
 
     def _permits(self, lane: _Lane, now: float) -> bool:
         """Whether a lane may start one more now; else it is seen to that it comes back."""
@@ -578,14 +579,14 @@ class Lanes:
         return True
 
     @staticmethod
-    def _heads(lane: _Lane) -> tuple[_Queue | None, _Queue | None]:
-        """The queues whose turn it is; those that have nothing to give leave the rings here."""
+    def _has_heads(lane: _Lane) -> bool:
+        """Whether it is some queue's turn; those that have nothing to give leave the rings here."""
         fresh, retries = lane.fresh, lane.retries
         while fresh and (fresh[0].blocked or not fresh[0].fresh):
             fresh.popleft().in_fresh = False
         while retries and (retries[0].blocked or not retries[0].retries):
             retries.popleft().in_retries = False
-        return fresh[0] if fresh else None, retries[0] if retries else None
+        return bool(fresh or retries)
 
     @staticmethod
     def _enter(queue: _Queue) -> None:

@@ -77,7 +77,7 @@ class Gate:
         self.hold_until = 0.0
         self._tat = 0.0
         self._start_tat = 0.0
-        self.lead = LEAD_S
+        self.lead = 0.0
         """Seconds before its time at which an exchange starts."""
         self._cut_mono = -NEVER
         self._ramp_to = 0.0
@@ -85,15 +85,19 @@ class Gate:
         self.uncapped = uncapped
         self.limit = 0.0
         self.cap = NEVER
-        self.reconfigure(limits)
+        self._interval = 0.0
+        self.reconfigure(limits, 0.0)
 
     def __repr__(self) -> str:
         return f"<Gate in_flight={self.in_flight} limit={self.limit:.1f} cap={self.cap} rate={self.rate:g}>"
 
-    def reconfigure(self, limits: HostLimits) -> None:
-        """Take other limits.  What was sent stays counted, so that a reload is no burst."""
+    def reconfigure(self, limits: HostLimits, now: float) -> None:
+        """Take other limits.  What was sent stays counted, as so many requests, so that a reload is no burst."""
         self.rate = limits.rate
-        self._interval = 1.0 / limits.rate if limits.rate > 0 else 0.0
+        before, self._interval = self._interval, 1.0 / limits.rate if limits.rate > 0 else 0.0
+        if before and self._tat > now:
+            self._tat = now + (self._tat - now) / before * self._interval
+        self.lead = LEAD_S
         self._tolerance = (max(1, limits.burst) - 1) * self._interval
         self._start_tat = self._tat + self.unwritten * self._interval
         was_whole = self.limit == 0.0 or self.limit >= min(self.cap, self.uncapped)

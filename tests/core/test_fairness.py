@@ -133,7 +133,7 @@ def test_picking_costs_the_same_whatever_waits(trouble: str, monkeypatch: pytest
         for n in range(200):
             lanes.admit("good:80", delivery(10**6 + n, 7))
         looked = 0
-        heads = Lanes._heads
+        heads = Lanes._has_heads
 
         def counted(lane: Any) -> Any:
             nonlocal looked
@@ -142,13 +142,13 @@ def test_picking_costs_the_same_whatever_waits(trouble: str, monkeypatch: pytest
             looked += 1 + before - len(lane.fresh) - len(lane.retries)
             return found
 
-        monkeypatch.setattr(Lanes, "_heads", staticmethod(counted))
+        monkeypatch.setattr(Lanes, "_has_heads", staticmethod(counted))
         running: deque[Any] = deque()
         for _ in range(250):
             running += lanes.ready(0.001, 5)
             if running:
                 lanes.finished(running.popleft(), DELIVERED, 0.001)
-        monkeypatch.setattr(Lanes, "_heads", staticmethod(heads))
+        monkeypatch.setattr(Lanes, "_has_heads", staticmethod(heads))
         return looked
 
     assert steps(10_000) <= steps(10) + 40
