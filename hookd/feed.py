@@ -13,7 +13,10 @@ What it knows of an endpoint is its ``Backlog``:
 
 Four reads move these.  *Recovery* sets places for all endpoints that have rows.  *Arrivals* brings the rows that the
 last snapshot did not see; they are held while there is room, and behind a place they are left for the refill.
-*Refill* reads on from the places.  *Successors* brings the next row of an order key when its head is settled.
+*Refill* reads on from the places.  *Heads* brings the oldest row of an order key.
+
+Order: a row with an order key goes into memory by one way only, as the oldest of its key, and one of a key at a time.
+Arrivals and refills pass such rows over and ask for the head of their key; so does the end of the one in memory.
 
 Coalescing: each read says of a row that was not attempted whether a newer one of its coalesce key is pending, and if so
 it ends there and then.  A row that is the newest makes those end that wait in memory, and, by a read of their own, those
@@ -102,7 +105,7 @@ class Reads(Protocol):
     async def refill_due(
         self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
     ) -> list[Row]: ...
-    async def successors(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
+    async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]: ...
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
     async def older(
         self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int
@@ -183,7 +186,12 @@ class Feed:
         """Endpoints with rows that have fallen due and perhaps room."""
         self._full: set[EndpointKey] = set()
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
-        self._heads_settled: dict[tuple[EndpointKey, str], None] = {}
+        self._heads: dict[tuple[EndpointKey, str], DeliveryId] = {}
+        """Of each order key in memory: its delivery."""
+        self._heads_asked: dict[tuple[EndpointKey, str], int] = {}
+        """Order keys whose oldest row is to be read, and the id up to which none is left."""
+        self._heads_late: dict[tuple[EndpointKey, str], int] = {}
+        """Order keys for which an older row came while a newer one is in memory: just below its id."""
         self._states: dict[tuple[EndpointKey, str], DeliveryId] = {}
         """Of each coalesce key in memory: the delivery that stands for it."""
         self._newest: dict[tuple[EndpointKey, str], tuple[DeliveryId, UUID]] = {}
@@ -249,9 +257,7 @@ class Feed:
     ) -> None:
         """A settle was committed: these rows are gone, those are due again, and these were not ours to settle."""
         for delivery in final:
-            self._forget(delivery)
-            if delivery.order_key is not None:
-                self._heads_settled[delivery.endpoint, delivery.order_key] = None
+            self._forget(delivery, gone=True)
         for delivery, due_at in rescheduled:
             self._forget(delivery)
             if self._reading:
@@ -260,7 +266,7 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-        if self._heads_settled or self._states_ended or self._hungry or self._dues or self._due_now:
+        if self._heads_asked or self._states_ended or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -314,14 +320,14 @@ class Feed:
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
         brought = await self._read_arrivals()
-        if self._heads_settled:
-            keys, self._heads_settled = list(self._heads_settled), {}
-            brought |= await self._read_heads(self._reads.successors(keys))
         if self._states_ended:
-            keys, self._states_ended = list(self._states_ended), {}
-            brought |= await self._read_heads(self._reads.latest(keys))
+            states, self._states_ended = list(self._states_ended), {}
+            brought |= await self._read_heads(self._reads.latest(states), ordered=False)
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
+        if self._heads_asked:
+            heads, self._heads_asked = [(*key, after) for key, after in self._heads_asked.items()], {}
+            brought |= await self._read_heads(self._reads.heads(heads), ordered=True)
         if self._newest:
             await self._read_replaced()
         return brought
@@ -486,12 +492,15 @@ class Feed:
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
         self._note_newest(row)
-        if row.replaced_by is None and (
-            (row.blocked and state is EndpointState.ACTIVE)
-            or not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room))
-            or not self._stands(row)
-        ):
-            return False
+        if row.replaced_by is None:
+            if not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room)):
+                return False
+            if row.order_key is not None and state is EndpointState.ACTIVE:
+                self._ask_head(row)
+                room[row.endpoint] += 1
+                return False
+            if not self._stands(row):
+                return False
         self.known.add(row.id)
         room[row.endpoint] += 1
         return True
@@ -518,8 +527,8 @@ class Feed:
             return False
         return True
 
-    async def _read_heads(self, read: Awaitable[list[Row]]) -> bool:
-        """Take in the rows that stand at the head of an order key, or for a coalesce key, now that one has ended."""
+    async def _read_heads(self, read: Awaitable[list[Row]], *, ordered: bool) -> bool:
+        """Take in the rows that stand at the head of an order key (``ordered``), or for a coalesce key."""
         self._reading = True
         rows = await read
         await self._know({row.endpoint for row in rows})
@@ -529,7 +538,7 @@ class Feed:
                 continue
             if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
                 self._due(row.endpoint, row.due_at.timestamp())
-            elif self._takes(row):
+            elif self._takes(row, head=ordered):
                 taken.append(row)
         self._taken_in()
         await self._admit(taken)
@@ -654,17 +663,52 @@ class Feed:
                 break
         return demands
 
-    def _takes(self, row: Row) -> bool:
+    def _takes(self, row: Row, *, head: bool = False) -> bool:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
         if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
             return False
         self._note_newest(row)
-        if row.replaced_by is None and (
-            (row.blocked and self._state(row.endpoint) is EndpointState.ACTIVE) or not self._stands(row)
-        ):
-            return False
+        if row.replaced_by is None:
+            if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
+                if not head:
+                    self._ask_head(row)
+                    return False
+                if self._heads.setdefault((row.endpoint, row.order_key), row.id) != row.id:
+                    return False  # it asks for the next one when it ends
+            if not self._stands(row):
+                if row.order_key is not None and self._heads.get((row.endpoint, row.order_key)) == row.id:
+                    del self._heads[row.endpoint, row.order_key]
+                return False
         self.known.add(row.id)
         return True
+
+    # Order.
+
+    def _ask_head(self, row: Row) -> None:
+        """The oldest row of this one's order key is to be read, unless one is in memory and asks for it when it ends."""
+        assert row.order_key is not None
+        key = row.endpoint, row.order_key
+        head = self._heads.get(key)
+        if head is None:
+            self._heads_asked[key] = 0
+        elif row.id < head:
+            self._heads_late[key] = min(self._heads_late.get(key, row.id - 1), row.id - 1)
+
+    def _ask_next(
+        self, endpoint: EndpointKey, order_key: str, delivery_id: DeliveryId, *, gone: bool
+    ) -> None:
+        """One of an order key is not in memory any more: ask for the next, unless its head is another."""
+        key = endpoint, order_key
+        head = self._heads.get(key)
+        if head is None:
+            # it was replaced, and whoever asked meanwhile saw it standing in front
+            if self._state(endpoint) is EndpointState.ACTIVE:
+                self._heads_asked[key] = 0
+        elif head == delivery_id:
+            del self._heads[key]
+            after = delivery_id if gone else delivery_id - 1
+            after = min(after, self._heads_late.pop(key, after))
+            self._heads_asked[key] = min(after, self._heads_asked.get(key, after))
 
     # Coalescing.
 
@@ -778,10 +822,13 @@ class Feed:
         # what an ended endpoint is owed is not waited for
         self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
 
-    def _forget(self, delivery: Delivery) -> None:
+    def _forget(self, delivery: Delivery, *, gone: bool = False) -> None:
+        """It is not in memory any more; ``gone``: nor in the queue."""
         self.known.discard(delivery.id)
         if self._reading:
             self._remembered.add(delivery.id)
+        if delivery.order_key is not None:
+            self._ask_next(delivery.endpoint, delivery.order_key, delivery.id, gone=gone)
         if delivery.coalesce_key is not None:
             key = delivery.endpoint, delivery.coalesce_key
             if self._states.get(key) == delivery.id:

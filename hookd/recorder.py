@@ -34,6 +34,10 @@ BATCH_ENOUGH = 250
 LINGER_S = 0.02
 """From when the first result of a batch came.  Nobody waits for it: the receiver has had its event."""
 
+LINGER_ORDERED_S = 0.002
+"""The same when one of them has an order key: the next of its key waits for it.  With 20 ms a key made 37 deliveries a
+second on an idle machine, with 2 ms it makes three times as many."""
+
 HIGH_WATER = 5000
 
 BATCH_BOUNDS = (1, 5, 10, 25, 50, 100, 250, 500, 1000)
@@ -81,6 +85,7 @@ class Recorder:
         self._report = report
         self._results: deque[Result] = deque()
         self._oldest_mono = 0.0
+        self._linger_s = LINGER_S
         self._came = asyncio.Event()
         self._written = asyncio.Event()
         self.batches = 0
@@ -97,7 +102,10 @@ class Recorder:
         if not self._results:
             self._oldest_mono = self._clock.mono()
         self._results.append(result)
-        if len(self._results) == 1 or len(self._results) == BATCH_ENOUGH:
+        hurry = result.delivery.order_key is not None and self._linger_s != LINGER_ORDERED_S
+        if hurry:
+            self._linger_s = LINGER_ORDERED_S
+        if hurry or len(self._results) == 1 or len(self._results) == BATCH_ENOUGH:
             self._came.set()
 
     def backed_up(self) -> bool:
@@ -127,6 +135,7 @@ class Recorder:
                 self._came.clear()
                 await self._came.wait()
             await self._linger(until_empty=until_empty)
+            self._linger_s = LINGER_S
             batch = list(islice(self._results, BATCH_MOST))
             await self._settle(batch, ledger, followers)
             for _ in batch:
@@ -136,7 +145,7 @@ class Recorder:
 
     async def _linger(self, *, until_empty: bool) -> None:
         while not until_empty and len(self._results) < BATCH_ENOUGH:
-            left = self._oldest_mono + LINGER_S - self._clock.mono()
+            left = self._oldest_mono + self._linger_s - self._clock.mono()
             if left <= 0:
                 return
             self._came.clear()

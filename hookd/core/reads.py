@@ -38,8 +38,6 @@ class Row(NamedTuple):
     due_at: datetime.datetime | None
     order_key: str | None
     replay: bool
-    blocked: bool
-    """An older row of its order key is pending."""
     coalesce_key: str | None = None
     replaced_by: UUID | None = None
     """The event of the newest pending row of its coalesce key, if no attempt was made for this one."""

@@ -38,12 +38,7 @@ set jit = off
 
 LISTEN = "listen hookd"
 
-# Of a row d: whether an older one of its order key is pending, and which is the newest of its coalesce key.
-BLOCKED = """
-       d.order_key is not null and exists (
-         select from hookd.delivery o where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id
-       ) as blocked,"""
-
+# Of a row d that was not attempted: the newest of its coalesce key.
 REPLACED = """
        case when d.coalesce_key is not null and d.attempt = 0 then (
          select n.event_id from hookd.delivery n
@@ -57,15 +52,14 @@ COLUMNS = "d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_k
 ARRIVALS = f"""
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as now, null::bigint as id, null::uuid as event_id,
        null::integer as endpoint, null::smallint as shard, null::smallint as attempt, null::timestamptz as due_at,
-       null::text as order_key, null::boolean as replay, null::text as coalesce_key, null::boolean as blocked,
-       null::uuid as replaced_by
+       null::text as order_key, null::boolean as replay, null::text as coalesce_key, null::uuid as replaced_by
 union all
-(select null, null, {COLUMNS}{BLOCKED}{REPLACED}
+(select null, null, {COLUMNS}{REPLACED}
    from hookd.delivery d
   where d.xid >= $1::text::xid8 and d.shard = any($3::smallint[])
   limit $4)
 union all
-(select null, null, {COLUMNS}{BLOCKED}{REPLACED}
+(select null, null, {COLUMNS}{REPLACED}
    from hookd.delivery d
   where d.xid = any($2::text[]::xid8[]) and d.shard = any($3::smallint[])
   limit $4)
@@ -83,7 +77,7 @@ select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.
 """
 
 REFILL_FRESH = f"""
-select {COLUMNS}{BLOCKED}{REPLACED}
+select {COLUMNS}{REPLACED}
   from unnest($1::integer[], $2::bigint[], $3::integer[]) as q (endpoint, place, want)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -94,7 +88,7 @@ select {COLUMNS}{BLOCKED}{REPLACED}
 
 # An endpoint's rows that are due, and the first one that is not: when to look again. An ended endpoint's are all due.
 REFILL_DUE = f"""
-select {COLUMNS} d.later,{BLOCKED}{REPLACED}
+select {COLUMNS} d.later,{REPLACED}
   from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[], $5::boolean[])
        as q (endpoint, due_at, id, want, ended)
  cross join lateral (
@@ -113,20 +107,21 @@ select {COLUMNS} d.later,{BLOCKED}{REPLACED}
      limit 1)) d
 """
 
-# The oldest row of each order key: what may be sent once the head before it is settled.
-SUCCESSORS = f"""
-select {COLUMNS} false as blocked,{REPLACED}
-  from unnest($1::integer[], $2::text[]) as q (endpoint, order_key)
+# The oldest row of each order key, from where the feed knows that none is left before: the entries of settled rows
+# stand in the index until vacuum, and while somebody holds a snapshot, so walking over them again would cost more and more.
+HEADS = f"""
+select {COLUMNS}{REPLACED}
+  from unnest($1::integer[], $2::text[], $3::bigint[]) as q (endpoint, order_key, after)
  cross join lateral (
    select f.* from hookd.delivery f
-    where f.endpoint = q.endpoint and f.order_key = q.order_key
+    where f.endpoint = q.endpoint and f.order_key = q.order_key and f.id > q.after
     order by f.id
     limit 1) d
 """
 
 # The newest row of each coalesce key: what may be sent once the one under way has ended.
 LATEST = f"""
-select {COLUMNS}{BLOCKED} null::uuid as replaced_by
+select {COLUMNS} null::uuid as replaced_by
   from unnest($1::integer[], $2::text[]) as q (endpoint, coalesce_key)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -137,7 +132,7 @@ select {COLUMNS}{BLOCKED} null::uuid as replaced_by
 
 # What a newer row of a coalesce key replaces, wherever it waits: behind a place, or for its time.
 OLDER = f"""
-select {COLUMNS} false as blocked, q.event_id as replaced_by
+select {COLUMNS} q.event_id as replaced_by
   from unnest($1::integer[], $2::text[], $3::bigint[], $4::uuid[]) as q (endpoint, coalesce_key, id, event_id)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -276,10 +271,10 @@ class Queue:
             _row(r, later=r["later"]) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)
         ]
 
-    async def successors(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
-        """The oldest pending row of each ``(endpoint, order key)``."""
+    async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]:
+        """The oldest pending row of each ``(endpoint, order key, after this id)``."""
         columns = [list(c) for c in zip(*keys, strict=True)]
-        return [_row(r) for r in await self._run(self._connection.fetch, SUCCESSORS, *columns)]
+        return [_row(r) for r in await self._run(self._connection.fetch, HEADS, *columns)]
 
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
         """The newest pending row of each ``(endpoint, coalesce key)``."""
@@ -375,7 +370,7 @@ class Queue:
 def _row(r: asyncpg.Record, *, later: bool = False) -> Row:
     return Row(
         r["id"], r["event_id"], r["endpoint"], r["shard"], r["attempt"], r["due_at"], r["order_key"], r["replay"],
-        r["blocked"], r["coalesce_key"], r["replaced_by"], later,
+        r["coalesce_key"], r["replaced_by"], later,
     )  # fmt: skip
 
 
