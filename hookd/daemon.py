@@ -17,7 +17,7 @@ import gc
 import signal
 import socket
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import orjson
@@ -390,16 +390,22 @@ class Daemon:
 
     def _reported(self, result: Result) -> None:
         kind, verdict = result.verdict.kind, result.verdict
-        if kind is VerdictKind.DELIVERED and self.config.log.level != "debug":
+        if kind is VerdictKind.DELIVERED and self.config.log.level != "debug" and result.health is None:
             return
         endpoint = self.dispatcher.served(result.endpoint_key)
-        about = {
+        about: dict[str, Any] = {
             "delivery_id": result.delivery.id,
             "event_id": str(result.delivery.event.id),
             "endpoint_id": str(endpoint.id) if endpoint is not None else None,
             "host": endpoint.host if endpoint is not None else None,
             "attempt": result.delivery.attempt + (result.outcome is not None),
         }
+        if result.health is not None and result.health.parked_at is not None:
+            log.warning(
+                "endpoint parked: one probe now and then until it answers", reason=verdict.reason, **about
+            )
+        elif result.health is not None and kind is VerdictKind.DELIVERED:
+            log.info("endpoint recovered", **about)
         if kind is VerdictKind.DELIVERED:
             log.debug("delivered", **about)
         elif verdict.disable is not None:
