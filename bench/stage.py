@@ -27,7 +27,7 @@ from hookd.postgres.embedded import open_server
 from hookd.postgres.migrate import migrate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 HERE = Path(__file__).parent
 DEADLINE_S = 300
@@ -123,10 +123,10 @@ class Stage:
         path: str,
         tenants: list[str],
         *,
-        rates: list[float] | None = None,
-        concurrency: list[int] | None = None,
+        rates: Sequence[float | None] | None = None,
+        concurrency: Sequence[int | None] | None = None,
     ) -> None:
-        """Register an endpoint for each host, with the tenant of the same place."""
+        """Register an endpoint for each host, with the tenant, rate and concurrency of the same place."""
         connection = await asyncpg.connect(self.dsn)
         none = [None] * len(hosts)
         await connection.execute(
