@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,15 @@ class Producer:
                 self.inserted += self.EACH
             await asyncio.sleep(self.PAUSE_S)
         await connection.close()
+
+
+def raise_descriptors(wanted: int) -> int:
+    """Let this process, and those that it starts, open so many files if the system allows it; returns how many it does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def percentile(values: list[float], share: float) -> float:
