@@ -247,10 +247,13 @@ class Daemon:
     def stop(self, *, at_once: bool = False) -> None:
         """Drain and stop, or stop without waiting for slow receivers."""
         self.process.send_signal(signal.SIGTERM)
+        status = {0}
         if at_once:
             time.sleep(0.2)
             self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
+            # where the first one was enough, the second may come after the daemon has stopped listening to signals
+            status.add(-signal.SIGTERM)
+        assert self.process.wait(60) in status, self.process.returncode
 
 
 class Arrivals:
