@@ -10,13 +10,14 @@ listens on so many ports of 127.0.0.1 and prints them as JSON.
 | ``/timed`` | 200; notes when each ``webhook-id`` came |
 | ``/lag`` | 200; notes how long ago the payload's ``"at"`` was (wall clock) |
 | ``/paced?ms=N`` | 200 after N ms; notes when each request of each host came, and how many were under way at once |
-| ``/later?s=N`` | 200 after N seconds |
+| ``/later?s=N`` | 200 after N seconds; notes how many were under way at once |
 | ``/aside`` | 200; is not counted |
 | ``/hole`` | never answers |
 | ``/fail`` | 500 |
 | ``/drip`` | an answer's head at one byte a second |
 
-``GET /stats`` says what came since it was asked last, on the monotonic clock.
+``GET /stats`` says what came since it was asked last, on the monotonic clock.  From the first ``/paced`` on it also says how
+late a timer of 1 ms fired: a request may be noted so much later than it came.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ class Tally:
         self.others = 0
         self.paced: dict[str, list[float]] = defaultdict(list)
         self.most: dict[str, int] = defaultdict(int)
+        self.late: list[float] = []
 
 
 class Protocol(asyncio.Protocol):
     tally = Tally()
     under_way: ClassVar[dict[str, int]] = defaultdict(int)
+    ticking = False
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -116,7 +119,8 @@ class Protocol(asyncio.Protocol):
         elif path == b"/lat":
             number = NUMBER.search(request, 0, end)
             assert number is not None
-            self.loop.call_later(int(number[1]), self.transport.write, ANSWER)
+            self.begin("later")
+            self.loop.call_later(int(number[1]), self.answer, "later")
             return
         self.transport.write(ANSWER)
 
@@ -127,9 +131,15 @@ class Protocol(asyncio.Protocol):
         assert number is not None
         name = host[1].decode()
         Protocol.tally.paced[name].append(now)
+        self.begin(name)
+        self.loop.call_later(int(number[1]) / 1000, self.answer, name)
+        if not Protocol.ticking:
+            Protocol.ticking = True
+            tick(self.loop, None)
+
+    def begin(self, name: str) -> None:
         Protocol.under_way[name] += 1
         Protocol.tally.most[name] = max(Protocol.tally.most[name], Protocol.under_way[name])
-        self.loop.call_later(int(number[1]) / 1000, self.answer, name)
 
     def answer(self, name: str) -> None:
         Protocol.under_way[name] -= 1
@@ -139,6 +149,13 @@ class Protocol(asyncio.Protocol):
         if sent < len(ANSWER) and not self.transport.is_closing():
             self.transport.write(ANSWER[sent : sent + 1])
             self.loop.call_later(1.0, self.drip, sent + 1)
+
+
+def tick(loop: asyncio.AbstractEventLoop, before: float | None) -> None:
+    now = time.monotonic()
+    if before is not None:
+        Protocol.tally.late.append(max(0.0, now - before - 0.001))
+    loop.call_later(0.001, tick, loop, now)
 
 
 async def main(ports: int) -> None:

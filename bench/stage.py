@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,18 @@ import sys
 import tempfile
 import time
 import urllib.request
+from bisect import bisect_left
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import asyncpg
 
 from hookd.postgres.embedded import open_server
 from hookd.postgres.migrate import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 HERE = Path(__file__).parent
 DEADLINE_S = 300
@@ -37,6 +42,13 @@ with added as (
 insert into hookd.endpoint_secret (endpoint, purpose, value)
 select key, 'signing', 'whsec_' || encode(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()), 'base64')
   from added
+"""
+
+
+INSERT = """
+insert into hookd.event (type, payload, tenant)
+select 'bench.made', json_build_object('n', n, 'fill', repeat('x', $3))::text, 'tenant-' || n % $2
+  from generate_series(1, $1::integer) n
 """
 
 
@@ -56,7 +68,8 @@ class Stage:
             f"postgresql://{arguments['user']}:{quote(str(arguments['password']))}@/{{}}"
             f"?host={quote(str(arguments['host']))}&port={arguments['port']}"
         )
-        self.dsn = self._dsn.format(arguments["database"])
+        self._first_database = str(arguments["database"])
+        self._use(self._first_database)
         self.receiver = subprocess.Popen(
             [sys.executable, str(HERE / "receiver.py"), str(listeners)], stdout=subprocess.PIPE, text=True
         )
@@ -70,17 +83,37 @@ class Stage:
         self.server.leave()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    async def fresh_database(self) -> None:
-        """Go on in a new database with nothing but the schema."""
+    async def fresh_database(self, like: str | None = None) -> str:
+        """Go on in a new database: with nothing but the schema, or a copy of another one.  Returns its name."""
         connection = await asyncpg.connect(self.dsn)
         self._databases += 1
         name = f"bench_{self._databases}"
-        await connection.execute(f"create database {name}")
+        if like is None:
+            await connection.execute(f"create database {name}")
+        else:
+            if like == self._database:
+                raise ValueError("a database that is in use cannot be copied; leave it first")
+            await connection.execute(f"create database {name} template {like} strategy file_copy")
         await connection.close()
-        self.dsn = self._dsn.format(name)
-        connection = await asyncpg.connect(self.dsn)
-        await migrate(connection)
-        await connection.close()
+        self._use(name)
+        if like is None:
+            connection = await asyncpg.connect(self.dsn)
+            await migrate(connection)
+            await connection.close()
+        return name
+
+    async def leave_database(self, *, drop: bool = True) -> None:
+        """Go back to the first database; the present one is dropped, so that nobody vacuums it meanwhile."""
+        left = self._database
+        self._use(self._first_database)
+        if drop and left != self._first_database:
+            connection = await asyncpg.connect(self.dsn)
+            await connection.execute(f"drop database {left} with (force)")
+            await connection.close()
+
+    def _use(self, database: str) -> None:
+        self._database = database
+        self.dsn = self._dsn.format(database)
 
     def host(self, number: int) -> str:
         return f"h{number}.localhost:{self.ports[0]}"
@@ -91,10 +124,10 @@ class Stage:
         path: str,
         tenants: list[str],
         *,
-        rates: list[float] | None = None,
-        concurrency: list[int] | None = None,
+        rates: Sequence[float | None] | None = None,
+        concurrency: Sequence[int | None] | None = None,
     ) -> None:
-        """Register an endpoint for each host, with the tenant of the same place."""
+        """Register an endpoint for each host, with the tenant, rate and concurrency of the same place."""
         connection = await asyncpg.connect(self.dsn)
         none = [None] * len(hosts)
         await connection.execute(
@@ -128,6 +161,7 @@ class Stage:
 
     def daemon(self, **environment: str) -> Daemon:
         """Start one and wait until it delivers."""
+        begun = time.monotonic()
         process = self.child(
             "-m", "hookd", "run",
             **{
@@ -140,10 +174,37 @@ class Stage:
         while True:
             for line in log.read_text().splitlines():
                 if f'"pid":{process.pid}' in line and '"event":"ready"' in line:
-                    return Daemon(process, json.loads(line)["admin"])
+                    return Daemon(process, json.loads(line)["admin"], begun, time.monotonic())
             if process.poll() is not None or time.monotonic() > until:
                 raise SystemExit("the daemon did not start:\n" + log.read_text())
             time.sleep(0.01)
+
+    # PostgreSQL.
+
+    def postgres_cpu_s(self) -> float:
+        """CPU time of all its processes so far, those that have ended too; needs /proc."""
+        postmaster = (self.folder / "pg" / "data" / "postmaster.pid").read_text().splitlines()[0]
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                pid, _, rest = stat.read_text().partition(" ")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            fields = rest.rpartition(")")[2].split()
+            if pid == postmaster:
+                ticks += sum(map(int, fields[11:15]))
+            elif fields[1] == postmaster:
+                ticks += sum(map(int, fields[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    async def nothing_lost(self, inserted: int, arrived: int) -> None:
+        """With no daemon running: every delivery is pending or logged, and none was sent twice."""
+        connection = await asyncpg.connect(self.dsn)
+        pending = await connection.fetchval("select count(*) from hookd.delivery")
+        logged = await connection.fetchval("select count(*) from hookd.attempt where verdict = 'delivered'")
+        await connection.close()
+        assert pending + logged == inserted, f"{inserted:,} inserted, {pending:,} pending, {logged:,} logged"
+        assert logged == arrived, f"{logged:,} logged, {arrived:,} arrived"
 
     async def drained(self, connection: asyncpg.Connection, where: str = "true") -> float:
         """Wait until no delivery is left (of those); returns when that was seen."""
@@ -157,9 +218,13 @@ class Stage:
 class Daemon:
     """A running daemon."""
 
-    def __init__(self, process: subprocess.Popen[str], admin: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], admin: str, begun: float, ready: float) -> None:
         self.process = process
         self.admin = admin
+        self.begun = begun
+        """When the process was started, on the monotonic clock."""
+        self.ready = ready
+        """When it was seen to say that it is ready: up to 10 ms late."""
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.admin}/metrics") as answer:
@@ -182,10 +247,105 @@ class Daemon:
     def stop(self, *, at_once: bool = False) -> None:
         """Drain and stop, or stop without waiting for slow receivers."""
         self.process.send_signal(signal.SIGTERM)
+        status = {0}
         if at_once:
             time.sleep(0.2)
             self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
+            # where the first one was enough, the second may come after the daemon has stopped listening to signals
+            status.add(-signal.SIGTERM)
+        assert self.process.wait(60) in status, self.process.returncode
+
+
+class Arrivals:
+    """How many requests have come to the receiver, and when: asked for over a connection that stays open."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._port = stage.ports[0]
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.count = 0
+        self.first = 0.0
+        self.curve: list[tuple[int, float]] = []
+        """How many had come by when, at each look."""
+
+    async def look(self) -> int:
+        """Ask, and return how many have come so far."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        stats = json.loads(await reader.readexactly(int(head.rpartition(b":")[2])))
+        if stats["count"]:
+            if not self.count:
+                self.first = stats["first"]
+                self.curve.append((0, self.first))
+            self.count += stats["count"]
+            self.curve.append((self.count, stats["last"]))
+        return self.count
+
+    def reached(self, count: int) -> float:
+        """When so many had come; between two looks they are taken to have come evenly."""
+        place = bisect_left(self.curve, (count, 0.0))
+        if place == 0:
+            return self.first
+        (less, before), (more, after) = self.curve[place - 1 : place + 1]
+        return before + (after - before) * (count - less) / (more - less)
+
+    def by(self, moment: float) -> int:
+        """How many had come by then, as of the last look before it."""
+        return max((count for count, at in self.curve if at <= moment), default=0)
+
+    def per_s(self, start: int, end: int) -> float:
+        """How many came a second, from the ``start``th to the ``end``th."""
+        return (end - start) / (self.reached(end) - self.reached(start))
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+
+
+class Producer:
+    """
+    Keeps so many deliveries pending: inserts as many as have arrived at the receiver, ``EACH`` in a transaction.
+
+    It commits without waiting for the disk, because its own cost is not what is measured; the daemon's commits wait.
+    """
+
+    EACH = 80
+    PAUSE_S = 0.004
+
+    def __init__(
+        self, stage: Stage, arrivals: Arrivals, *, tenants: int, payload: int, inserted: int
+    ) -> None:
+        """``inserted``: how many were pending when nothing had arrived."""
+        self._stage = stage
+        self._arrivals = arrivals
+        self._tenants = tenants
+        self._payload = payload
+        self.inserted = inserted
+
+    async def keep(self, pending: int, *, until: Callable[[], bool]) -> None:
+        """Keep so many pending until that is so."""
+        connection = await asyncpg.connect(self._stage.dsn)
+        await connection.execute("set synchronous_commit = off")
+        deadline = time.monotonic() + DEADLINE_S
+        while not until():
+            assert time.monotonic() < deadline, f"only {self._arrivals.count:,} have arrived"
+            await self._arrivals.look()
+            while self.inserted - self._arrivals.count <= pending - self.EACH:
+                await connection.execute(INSERT, self.EACH, self._tenants, self._payload)
+                self.inserted += self.EACH
+            await asyncio.sleep(self.PAUSE_S)
+        await connection.close()
+
+
+def raise_descriptors(wanted: int) -> int:
+    """Let this process, and those that it starts, open so many files if the system allows it; returns how many it does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -26,18 +26,12 @@ import time
 from typing import Any
 
 import asyncpg
-from stage import DEADLINE_S, HERE, Daemon, Stage
+from stage import DEADLINE_S, HERE, INSERT, Daemon, Stage
 
 HOSTS = 8
 IN_FLIGHT_EACH = 50
 PAYLOAD = 200
 FLOORS = {"ratio": 0.8, "idle_p50_ms": 5.0, "idle_p99_ms": 20.0}
-
-INSERT = """
-insert into hookd.event (type, payload, tenant)
-select 'bench.made', json_build_object('n', n, 'fill', repeat('x', $3))::text, 'tenant-' || n % $2
-  from generate_series(1, $1::integer) n
-"""
 
 
 class Throughput:
