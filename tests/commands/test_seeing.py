@@ -386,10 +386,11 @@ def test_lanes_are_sorted_by_trouble() -> None:
         lane("failed", problem="answered 500", problem_s=5.0, waiting=1),
         lane("failed, busy", problem="answered 500", problem_s=50.0, waiting=10),
         lane("held", why="hold", held_s=5.0),
+        lane("open, nothing waits", breaker_open=True),
         lane("open", why="breaker", held_s=0.0),
     ]
     assert [at.host for at in by_trouble(lanes)] == [
-        "open", "held", "failed, busy", "failed", "busy", "failed long ago", "calm",
+        "open", "open, nothing waits", "held", "failed, busy", "failed", "busy", "failed long ago", "calm",
     ]  # fmt: skip
 
 
