@@ -510,7 +510,9 @@ def test_top_prints_frames(dsn: str, cli: Cli, start_daemon: Callable[..., Daemo
             assert said[1] == "no daemon is running; start one with `hookd run`"
             await asyncio.to_thread(start_daemon, HOOKD_LIMITS__RATE="20")
             await fetch(dsn, MANY, 10_000, "default")
-            await receiver.wait_for_calls(1)
+            await receiver.wait_for_calls(
+                60
+            )  # three seconds: every summary that is still of use is of steady work
 
             frames = await asyncio.to_thread(cli.json, "top", "--count", "3", "--every", "500ms")
             assert len(frames) == 3
@@ -523,13 +525,13 @@ def test_top_prints_frames(dsn: str, cli: Cli, start_daemon: Callable[..., Daemo
                 assert 10 <= shown["rates"]["delivered"] <= 30
                 assert shown["rates"]["attempts"] == shown["rates"]["delivered"]
                 assert shown["rates"]["failed"] == 0
-                assert shown["lanes"][0]["why"] == "rate"
+                assert shown["lanes"][0]["rate"] == 20
             assert frames[0]["lanes"][0]["queued"] > frames[2]["lanes"][0]["queued"]
 
             said = (await asyncio.to_thread(cli.ok, "top", "--once")).splitlines()
             assert said[0].startswith("hookd top  ")
             assert re.match(r"rates      \d+\.\d/s attempts, \d+\.\d/s delivered, 0\.0/s failed$", said[2])
-            assert re.match(rf"127\.0\.0\.1:{receiver.port} .* 20/s  closed   rate ", said[-1])
+            assert re.match(rf"127\.0\.0\.1:{receiver.port} .* 20/s  closed   (rate|its turn) ", said[-1])
             two = await asyncio.to_thread(cli.ok, "top", "--count", "2")
             assert two.count("hookd top  ") == 2
             assert "\x1b" not in two
