@@ -27,7 +27,8 @@ class DaemonProcess:
     """``hookd run``, and what it said."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self._said = (folder / f"daemon-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
+        # appended to: the daemon shares the offset that log() moves, and would write over what it has said
+        self._said = (folder / f"daemon-{time.monotonic_ns()}.log").open("a+", encoding="utf-8")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HOOKD_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hookd", "run"],

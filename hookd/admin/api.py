@@ -23,6 +23,7 @@ from hookd.core.signing import new_secret
 from hookd.net.vetting import vet
 from hookd.postgres import history, registry
 from hookd.postgres.registry import EndpointChange, NotPossible
+from hookd.postgres.status import status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -321,9 +322,8 @@ class Api:
     async def status(self, _request: web.Request) -> web.Response:
         """``GET /status``: what ``hookd status --json`` prints."""
         async with self._session() as connection:
-            now = await history.status(connection)
-        nodes = [n | {"silence": n["silence"].total_seconds()} for n in now.nodes]
-        return answer({"daemons": nodes, "queue": now.queue})
+            now = await status(connection)
+        return answer(now.facts())
 
     # Help.
 

@@ -26,7 +26,7 @@ const table = (id, head, rows, empty) => { const box = document.getElementById(i
   for (const name of head) { const th = document.createElement('th'); th.textContent = name; h.append(th) }
   for (const row of rows) { const tr = t.insertRow(); for (const [text, kind] of row) tr.append(cell(text, kind)) }
   box.append(t) }
-const much = n => n > 10000 ? '> 10,000' : n.toLocaleString('en')
+const much = n => n > 10000 ? '10,000+' : n.toLocaleString('en')
 const draw = async () => { try {
   const [now, attempts, endpoints] = await Promise.all([get('/status'), get('/attempts?limit=15'), get('/endpoints?limit=50')])
   const q = now.queue, sum = name => now.daemons.reduce((n, d) => n + d.summary[name], 0)
@@ -35,8 +35,10 @@ const draw = async () => { try {
   document.getElementById('tiles').replaceChildren(...tiles.map(([name, value]) => { const d = document.createElement('div')
     d.className = 'tile'; const b = document.createElement('b'), s = document.createElement('span')
     b.textContent = value; s.textContent = name; d.append(b, s); return d }))
-  table('lanes', ['host', 'waiting', 'in flight', 'limit', 'waits for'], now.daemons.flatMap(d => d.summary.lanes).slice(0, 20)
-    .map(l => [[l.host], [l.waiting, 'n'], [l.in_flight, 'n'], [l.concurrency, 'n'], [l.why]]), 'nothing waits')
+  table('lanes', ['host', 'in flight', 'limit', 'waits for', 'in memory', 'in queue', 'last error'], now.lanes
+    .map(l => [[l.host, l.breaker_open || l.held_s > 0 ? 'bad' : ''], [l.in_flight, 'n'], [`${l.concurrency}/${l.cap || '-'}`, 'n'],
+    [l.held_s >= 1 ? `${l.why} ${Math.floor(l.held_s)} s` : l.why], [l.waiting, 'n'], [l.queued + (l.queued_more ? '+' : ''), 'n'],
+    [l.problem && `${Math.floor(l.problem_s)} s ago: ${l.problem}`, 'dim']]), 'nothing waits')
   table('attempts', ['at', 'verdict', 'answer', 'ms', 'url', 'reason'], attempts.data.map(a => [[a.at.slice(11, 19), 'dim'],
     [a.verdict, a.verdict == 'delivered' ? 'good' : 'bad'], [a.status ?? a.outcome], [a.total_ms == null ? '' : a.total_ms.toFixed(1), 'n'],
     [a.url, 'url'], [a.reason, 'dim']]), 'none yet: send an event')

@@ -201,7 +201,7 @@ def _print(row: asyncpg.Record, part: Part, number: int) -> None:
 
 
 async def _epilogue(connection: asyncpg.Connection, names: dict[Any, Part]) -> None:
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres.explain import explain  # noqa: PLC0415 - not for --help
 
     rows = await connection.fetch(
         """select s.endpoint_id, e.state, count(*) filter (where s.state = 'delivered') as delivered,
@@ -224,7 +224,7 @@ async def _epilogue(connection: asyncpg.Connection, names: dict[Any, Part]) -> N
             where e.url like '%/wrong' limit 1"""
     )
     if dead is not None:
-        (explained,) = await history.explain(connection, dead["event_id"], dead["delivery_id"])
+        (explained,) = await explain(connection, dead["event_id"], dead["delivery_id"])
         click.echo(
             f"\n$ hookd explain {dead['delivery_id']}\n{explained['state']}  {explained['url']}\n  {explained['because']}"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,6 @@ from hookd.commands.session import (
     print_fields,
     print_json,
     print_table,
-    shown,
     uuid_of,
     with_connection,
 )
@@ -161,10 +162,11 @@ def _print_attempt(row: dict[str, Any]) -> None:
 def explain(invocation: Invocation, id_: str) -> None:
     """Why this event (or this delivery, by its number) is where it is."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres.explain import explain as look  # noqa: PLC0415
 
     async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
         event_id, delivery_id = await find(connection, id_)
-        found = await history.explain(connection, event_id, delivery_id)
+        found = await look(connection, event_id, delivery_id)
         if not found and await history.event(connection, event_id) is None:
             raise Failed(f"there is no event {event_id}; it may have ended with retention.events")
         return found
@@ -177,7 +179,16 @@ def explain(invocation: Invocation, id_: str) -> None:
         click.echo("no endpoint subscribed to this event when it was inserted")
     for row in rows:
         click.echo(f"{row['state']}  {row['url'] or row['endpoint_id']}")
-        click.echo(f"  {row['because']}")
+        click.echo(_folded(row["because"]))
+
+
+def _folded(sentence: str) -> str:
+    """A sentence under its headline; folded to the terminal if it is one."""
+    if not sys.stdout.isatty():
+        return f"  {sentence}"
+    return click.wrap_text(
+        sentence, shutil.get_terminal_size().columns, initial_indent="  ", subsequent_indent="  "
+    )
 
 
 async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | None]:
@@ -198,49 +209,40 @@ async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | N
 
 
 @click.command()
+@click.option(
+    "--lanes",
+    "lanes_shown",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="Show so many, those in trouble first.",
+)
 @options
 @click.pass_obj
-def status(invocation: Invocation) -> None:
-    """How the daemons and the queue are doing; it asks PostgreSQL only, so it works from anywhere."""
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+def status(invocation: Invocation, lanes_shown: int) -> None:
+    """How the daemons, the queue and the lanes are doing; it asks PostgreSQL only, so it works from anywhere."""
+    from hookd.commands import drawing  # noqa: PLC0415 - not for --help
+    from hookd.postgres.status import COUNT_MOST  # noqa: PLC0415
+    from hookd.postgres.status import status as look  # noqa: PLC0415
 
-    now = with_connection(invocation, lambda c, _: history.status(c))
+    now = with_connection(invocation, lambda c, _: look(c, lanes_shown))
     if invocation.json:
-        print_json({"daemons": now.nodes, "queue": now.queue})
+        print_json(now.facts())
         return
-    queue = now.queue
-    if not now.nodes:
-        click.echo("no daemon is running; start one with `hookd run`")
-    for node in now.nodes:
-        summary = node["summary"]
-        click.echo(
-            f"{node['id']}  hookd {summary['version']}, since {shown(node['started_at'])}: {node['shards']} shards, "
-            f"{summary['in_flight']} in flight, {summary['waiting']} in memory"
-        )
-    click.echo(
-        f"queue      {_bounded(queue['fresh'])} fresh, {_bounded(queue['waiting'])} with a due time, "
-        f"{_bounded(queue['dead_letters'])} dead letters"
-        + (f"; oldest from {shown(queue['oldest_at'])}" if queue["oldest_at"] else "")
+    width = drawing.width_of_terminal()
+    drawing.show(
+        [
+            *drawing.daemons(now.nodes, now.at, width),
+            *drawing.unowned(now.nodes, now.queue["shards"]),
+            *drawing.queue(now.queue, now.at, COUNT_MOST, width),
+        ]
     )
-    click.echo(
-        f"endpoints  {queue['active']} active, {queue['paused']} paused, {queue['disabled']} disabled, "
-        f"{queue['failing']} failing"
-    )
-    lanes = [lane for node in now.nodes for lane in node["summary"]["lanes"]]
-    if lanes:
+    if now.lanes:
         click.echo()
-        print_table(
-            [
-                (e["host"], e["waiting"], e["in_flight"], e["concurrency"], e["rate"] or None, e["why"])
-                for e in lanes[:30]
-            ],
-            ("lane", "waiting", "in flight", "limit", "rate", "waits for"),
-            "",
-        )
-
-
-def _bounded(count: int) -> str:
-    return "more than 10,000" if count > 10_000 else str(count)
+        drawing.show(line for block in drawing.lanes(now.lanes, width) for line in block)
+    if now.lanes_left_out:
+        known = len(now.lanes) + now.lanes_left_out
+        click.echo(f"{now.lanes_left_out} more; `hookd status --lanes {known}` shows them")
 
 
 @click.command()

@@ -134,12 +134,7 @@ async def _with_connection(
     *,
     migrated: bool,
 ) -> T:
-    import asyncpg as driver  # noqa: PLC0415 - not for --help
-
-    from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable  # noqa: PLC0415
-    from hookd.postgres.registry import NotPossible  # noqa: PLC0415
-
-    try:
+    with plain_failures():
         connection = await database.connect("command")
         try:
             if migrated:
@@ -147,6 +142,18 @@ async def _with_connection(
             return await work(connection, config)
         finally:
             connection.terminate()
+
+
+@contextlib.contextmanager
+def plain_failures() -> Iterator[None]:
+    """What PostgreSQL cannot do or refuses is one line."""
+    import asyncpg as driver  # noqa: PLC0415 - not for --help
+
+    from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable  # noqa: PLC0415
+    from hookd.postgres.registry import NotPossible  # noqa: PLC0415
+
+    try:
+        yield
     except (DatabaseRefused, DatabaseUnavailable, NotPossible) as error:
         raise Failed(str(error)) from None
     except driver.PostgresError as error:

@@ -7,10 +7,11 @@ import json
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cli import Cli
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty
 from tests.receiver import Receiver, always, answer
 
@@ -21,39 +22,6 @@ if TYPE_CHECKING:
     from tests.daemon_process import DaemonProcess
 
 NOBODY = "01890a5d-ac96-774b-bcce-b302099a8057"
-
-
-class Cli:
-    def __init__(self, dsn: str, folder: Path) -> None:
-        self.dsn = dsn
-        self.folder = folder
-
-    def __call__(
-        self, *arguments: str, stdin: str | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "hookd", *arguments],
-            env={
-                "PATH": "/usr/bin:/bin", "HOOKD_DATABASE__DSN": self.dsn, "HOOKD_NETWORK__ALLOW": '["127.0.0.0/8"]',
-                "HOOKD_RETRY__SCHEDULE": "[]", **environment,
-            },
-            input=stdin, capture_output=True, text=True, cwd=self.folder, check=False, timeout=60,
-        )  # fmt: skip
-
-    def ok(self, *arguments: str, **more: Any) -> str:
-        done = self(*arguments, **more)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
-
-    def json(self, *arguments: str, **more: Any) -> list[Any]:
-        return [json.loads(line) for line in self.ok(*arguments, "--json", **more).splitlines()]
-
-    def fails(self, status: int, *arguments: str, **more: Any) -> str:
-        done = self(*arguments, **more)
-        assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        return done.stderr
 
 
 @pytest.fixture
@@ -69,7 +37,7 @@ def no_database(tmp_path: Path) -> Cli:
 
 def test_help_is_quick_and_complete(no_database: Cli) -> None:
     text = no_database.ok("--help")
-    for command in ("run", "send", "endpoint", "replay", "explain", "doctor", "listen", "demo"):
+    for command in ("run", "send", "endpoint", "replay", "explain", "top", "doctor", "listen", "demo"):
         assert f"  {command} " in text
         assert "Usage:" in no_database.ok(command, "--help")
     for verb in ("add", "list", "show", "update", "pause", "resume", "remove", "rotate", "test", "check"):
@@ -248,7 +216,7 @@ def test_what_happened(cli: Cli, start_daemon: Callable[..., DaemonProcess]) -> 
                 (status,) = cli.json("status")
                 assert status["queue"]["dead_letters"] == 1
                 assert status["daemons"][0]["shards"] == 64
-                assert "1 dead letters" in cli.ok("status")
+                assert "1 dead letter" in cli.ok("status")
                 assert cli.json("replay", "--state", "exhausted", "--dry-run")[0] == {
                     "matching": 1,
                     "queued": 0,
