@@ -18,8 +18,17 @@ demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becom
 test: $(VENV)/.dev ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 
-bench: $(VENV)/.dev ## the load scripts; prints ratios against a baseline of the same run
-	$(BIN)/python bench/throughput.py
+# Sizes for the whole to take less than 15 minutes on 2 cores; bench/README.md says what each script asks.
+BENCHES := "throughput.py --rounds 3" "isolation.py --rounds 1" "throttled.py --rounds 1" "backlog.py --rounds 1" \
+           "horizon.py --deliveries 500000" "limits.py --seconds 40" "inflight.py --seconds 25"
+
+bench: $(VENV)/.dev ## the load scripts, one after another; prints figures against their goals (up to 15 minutes)
+	@missed=; \
+	for script in $(BENCHES); do \
+	  echo "== bench/$$script"; \
+	  $(BIN)/python bench/$$script || missed="$$missed $${script%% *}"; \
+	done; \
+	if [ -n "$$missed" ]; then echo "missed or failed:$$missed" >&2; exit 1; fi
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
