@@ -63,6 +63,9 @@ READ_AHEAD = 4
 LANES_SHOWN = 100
 """In the summary that ``status`` and ``explain`` read: the lanes in trouble, and those with most waiting."""
 
+IDS_SHOWN = 500
+"""Of deliveries in flight, for ``explain``; with more of them it concludes from the lane."""
+
 GC_THRESHOLDS = (50_000, 20, 50)
 """With 500 exchanges in flight the default thresholds cost a third of all CPU; everything that lives long is frozen."""
 
@@ -358,7 +361,9 @@ class Daemon:
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
-        states = dict.fromkeys(("ready", "rate", "concurrency", "hold", "breaker", "idle"), 0)
+        states = dict.fromkeys(
+            ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle"), 0
+        )
         for lane in self.lanes.snapshot(self._clock.mono()):
             states[lane.why] = states.get(lane.why, 0) + 1
         return states
@@ -370,14 +375,17 @@ class Daemon:
 
     def _summary(self) -> str:
         lanes = self.lanes.snapshot(self._clock.mono(), LANES_SHOWN)
+        in_flight = self.dispatcher.in_flight()
         return orjson.dumps(
             {
                 "version": __version__,
                 "lanes": [asdict(lane) for lane in lanes],
                 "lanes_total": len(self.lanes),
-                "in_flight": len(self.dispatcher.in_flight()),
+                "in_flight": len(in_flight),
+                "in_flight_ids": [d.id for d in in_flight] if len(in_flight) <= IDS_SHOWN else None,
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),
+                "stalled": self.dispatcher.stalled(),
                 "verdicts": self.dispatcher.counts.verdicts,
                 "at": self._clock.wall(),
             }

@@ -218,6 +218,18 @@ class Dispatcher:
         """Whether the recorder has more than it can write."""
         return self._recorder.backed_up()
 
+    def stalled(self) -> str:
+        """Why nothing starts anywhere, in words; empty if nothing stands in the way."""
+        if self.stopping:
+            return "another daemon, or the next start: this one is draining"
+        if self._recorder.backed_up():
+            return "PostgreSQL to take what came of those before it"
+        if not self.vouched():
+            return "the daemon's session to be answered: nothing starts while its locks are in doubt"
+        if len(self._in_flight) >= self.max_in_flight:
+            return f"a free slot: {self.max_in_flight:,} exchanges are in flight (delivery.max_in_flight)"
+        return ""
+
     def in_flight(self) -> list[Delivery]:
         """Deliveries whose exchange is under way."""
         return [delivery for delivery, _, _ in self._in_flight.values()]

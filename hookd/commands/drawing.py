@@ -139,6 +139,7 @@ def queue(facts: Mapping[str, Any], at: Any, most: int, width: int | None) -> li
     endpoints = [
         f"{facts['active']:,} active",
         f"{facts['failing']:,} of them failing",
+        f"{facts['parked']:,} parked",
         f"{facts['paused']:,} paused",
         f"{facts['disabled']:,} disabled",
     ]
@@ -215,8 +216,10 @@ def _waits_for(lane: Lane) -> tuple[str, bool]:
             return "probe", True
         case "hold":
             return "Retry-After", True
-        case "rate" if not lane.rate:
+        case "endpoint":
             return "endpoint limits", False
+        case "share":
+            return "a free slot", False
         case "ready":
             return "its turn", False
         case "idle" if lane.held_s > 0:

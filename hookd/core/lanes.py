@@ -45,6 +45,9 @@ RETRY_CREDIT_MOST = 5.0
 CRAMPED_AT_ONCE = 2
 """Lanes that are looked at again when an exchange ends, of those that held as many slots as were left."""
 
+PROBLEM_SHOWN_S = 60.0
+"""For so long an error counts as trouble, though nothing waits."""
+
 NO_LIMITS = HostLimits(0.0, 0, 0)
 
 IDLE_FORGET_S = 600.0
@@ -151,8 +154,7 @@ class LaneState:
     why: str
     """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``, ``endpoint`` (the limits
     of its endpoints, or all are parked), ``share`` (of ``max_in_flight``); ``idle`` when none does."""
-    breaker: str
-    """``closed`` or ``open``."""
+    breaker_open: bool
     problem: str
     """The last failure, in words fit for a tenant; empty if there was none."""
     problem_s: float
@@ -436,15 +438,15 @@ class Lanes:
         return len(queue.fresh) + len(queue.retries) if queue is not None else 0
 
     def snapshot(self, now: float, most: int | None = None) -> list[LaneState]:
-        """The lanes that have something waiting or in flight, or are held; those in trouble first, then the longest."""
-        lanes = [
-            lane
-            for lane in self._lanes.values()
-            if lane.waiting or lane.gate.in_flight or lane.gate.breaker.open or lane.gate.hold_until > now
-        ]
+        """The lanes that have something to do, or are in trouble or were lately; these first, then the longest."""
 
-        def trouble(lane: _Lane) -> tuple[bool, int]:
-            return lane.gate.breaker.open or lane.gate.hold_until > now, lane.waiting
+        def trouble(lane: _Lane) -> tuple[bool, bool, int]:
+            lately = bool(lane.problem) and now - lane.problem_mono < PROBLEM_SHOWN_S
+            return lane.gate.breaker.open or lane.gate.hold_until > now, lately, lane.waiting
+
+        lanes = [
+            lane for lane in self._lanes.values() if lane.waiting or lane.gate.in_flight or any(trouble(lane))
+        ]
 
         chosen = (
             sorted(lanes, key=trouble, reverse=True)
@@ -465,7 +467,7 @@ class Lanes:
                 ),
                 waiting=lane.waiting,
                 why=self._why(lane, now),
-                breaker="open" if lane.gate.breaker.open else "closed",
+                breaker_open=lane.gate.breaker.open,
                 problem=lane.problem,
                 problem_s=now - lane.problem_mono if lane.problem else 0.0,
             )

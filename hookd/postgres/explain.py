@@ -29,10 +29,17 @@ _PENDING = f"""
 select d.id, d.event_id, d.endpoint, d.attempt, d.due_at, d.shard, d.order_key,
        extract(epoch from d.due_at - clock_timestamp())::double precision as due_in_s,
        extract(epoch from clock_timestamp() - hookd.uuid7_time(d.event_id))::double precision as age_s,
-       e.id as endpoint_id, e.url, e.host, e.state, e.state_reason, e.rate, e.concurrency, e.shard as endpoint_shard,
+       e.id as endpoint_id, e.url, e.host, e.state, e.state_reason, e.parked_at, e.failing_reason, e.rate, e.concurrency, e.shard as endpoint_shard,
        coalesce(v.expires_at <= clock_timestamp(), false) as expired,
        (select min(o.id) from hookd.delivery o
          where o.endpoint = d.endpoint and o.order_key = d.order_key and o.id < d.id) as behind,
+       case when d.coalesce_key is not null then (
+         select max(o.id) from hookd.delivery o
+          where o.endpoint = d.endpoint and o.coalesce_key = d.coalesce_key and o.id < d.id) end as state_before,
+       case when d.coalesce_key is not null and d.attempt = 0 then (
+         select o.event_id from hookd.delivery o
+          where o.endpoint = d.endpoint and o.coalesce_key = d.coalesce_key and o.id > d.id
+          order by o.id desc limit 1) end as replaced_by,
        case when d.due_at is null
             then (select count(*) from (select from hookd.delivery o
                    where o.endpoint = d.endpoint and o.due_at is null and o.id < d.id limit {AHEAD_MOST + 1}) f)
@@ -87,12 +94,18 @@ class Pending:
     state: str | None
     """Of the endpoint; None: there is none."""
     state_reason: str | None
+    parked_at: datetime.datetime | None
+    failing_reason: str | None
     rate: float | None
     concurrency: int | None
     endpoint_shard: int | None
     expired: bool
     behind: int | None
     """The oldest pending delivery of its order key, if that is another one."""
+    state_before: int | None
+    """The delivery before it of its coalesce key."""
+    replaced_by: UUID | None
+    """A newer event of its coalesce key."""
     ahead: int
     """Rows of its endpoint that are served before it, at most ``AHEAD_MOST`` and one."""
     last_reason: str | None
@@ -107,6 +120,8 @@ class Owner:
     in_flight: frozenset[int] | None
     """Deliveries whose exchange is under way; None from a daemon that does not say."""
     silence_s: float
+    stalled: str = ""
+    """What everything waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +177,7 @@ async def _owners(connection: asyncpg.Connection) -> Owners:
             {lane.host: lane for lane in lanes_of([node])},
             None if in_flight is None else frozenset(in_flight),
             node["silence"].total_seconds(),
+            node["summary"].get("stalled", ""),
         )
     return Owners({r["shard"]: r["pid"] for r in await connection.fetch(OWNERS)}, by_backend)
 
@@ -208,6 +224,10 @@ def why_pending(row: Pending, owners: Owners, head: Pending | None = None) -> st
         ),
         (backend is None, f"no daemon owns shard {row.shard}: is `hookd run` running?"),
         (row.shard != row.endpoint_shard, "its endpoint moved to another host; it is being handed over"),
+        (
+            row.replaced_by is not None,
+            f"event {row.replaced_by} of the same coalesce key is newer; it ends as cancelled when its owner reaches it",
+        ),
         (row.behind is not None, _why_behind(row, owners, head)),
         (row.due_in_s is not None and row.due_in_s > 0, _when_due(row)),
         (row.expired, "its event has expired; it ends as expired when its turn comes"),
@@ -242,12 +262,21 @@ def why_in_lane(row: Pending, owner: Owner) -> str:
     lane = owner.lanes.get(row.host or "")
     if _is_sent(row, owner, lane):
         return "it is being sent now"
+    if row.state_before is not None and row.state_before in (owner.in_flight or ()):
+        return f"it waits until delivery {row.state_before} of the same coalesce key has ended, which is being sent"
     if lane is not None and lane.why == "breaker":
         when = f"in {span(lane.held_s)}" if lane.held_s >= 1 else "in a moment"
         return f"its host does not answer; the next probe goes {when}{_last_error(lane)}"
     if lane is not None and lane.why == "hold":
         return f"its host asked to be left alone for {span(lane.held_s)} more (Retry-After)"
+    if row.parked_at is not None:
+        return (
+            f"its endpoint has been parked since {row.parked_at:%Y-%m-%d %H:%M:%S} UTC ({row.failing_reason}): one delivery"
+            f" goes now and then as a probe; `hookd endpoint resume {row.endpoint_id}` lets them all go"
+        )
     limit = _limit(row, lane) if lane is not None else ""
+    if owner.stalled and limit in ("", "its turn"):
+        return f"it waits for {owner.stalled}"
     if not limit:
         return "it is about to be sent"
     ahead = f"; {bounded(row.ahead, AHEAD_MOST)} ahead of it in its endpoint's queue" if row.ahead else ""
@@ -265,14 +294,16 @@ def _is_sent(row: Pending, owner: Owner, lane: Lane | None) -> bool:
 def _limit(row: Pending, lane: Lane) -> str:
     """The limit that a delivery waits for; empty where there is none."""
     own = _own_limits(row, lane)
-    if own and lane.why in ("rate", "concurrency", "ready"):
+    if own and lane.why in ("rate", "concurrency", "ready", "endpoint"):
         return f"its endpoint's own {own}"
     match lane.why:
         case "rate" if lane.rate:
             return f"its host's rate limit ({lane.rate:g}/s)"
         case "concurrency":
             return f"its host's concurrency: {_concurrency(lane)}"
-        case "ready" if row.ahead:
+        case "share":
+            return "a free slot (delivery.max_in_flight): its host holds as many exchanges as are left to all others"
+        case "ready" | "endpoint" if row.ahead:
             return "its turn"
     return ""
 

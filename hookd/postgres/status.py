@@ -59,11 +59,12 @@ select clock_timestamp() as at,
           select from hookd.dead_letter where replayed_at is null limit {COUNT_MOST + 1}) l) as dead_letters,
        (select hookd.uuid7_time(event_id) from hookd.delivery order by event_id limit 1) as oldest_at,
        (select count(*)::integer from hookd.shard) as shards,
-       e.active, e.paused, e.disabled, e.failing
+       e.active, e.paused, e.disabled, e.failing, e.parked
   from (select count(*) filter (where state = 'active')::integer as active,
                count(*) filter (where state = 'paused')::integer as paused,
                count(*) filter (where state = 'disabled')::integer as disabled,
-               count(*) filter (where state = 'active' and failing_since is not null)::integer as failing
+               count(*) filter (where state = 'active' and failing_since is not null)::integer as failing,
+               count(*) filter (where state = 'active' and parked_at is not null)::integer as parked
           from hookd.endpoint) e
 """
 
@@ -109,7 +110,8 @@ class Lane:
     held_s: float
     """Until the next exchange may start, where the host is held or its breaker is open."""
     why: str
-    """What waits in memory waits for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``; ``idle``: nothing waits."""
+    """What waits in memory waits for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``, ``endpoint`` (its endpoints'
+    own limits, or they are parked), ``share`` (of max_in_flight); ``idle``: nothing waits."""
     waiting: int
     """In memory."""
     problem: str

@@ -225,14 +225,17 @@ def pending(**known: Any) -> Pending:
     row: dict[str, Any] = {
         "id": 7, "event_id": UUID(int=1), "endpoint": 1, "attempt": 0, "due_at": None, "due_in_s": None, "age_s": 60.0,
         "shard": 3, "order_key": None, "endpoint_id": UUID(int=2), "url": "https://h/", "host": "h:443",
-        "state": "active", "state_reason": None, "rate": None, "concurrency": None, "endpoint_shard": 3,
-        "expired": False, "behind": None, "ahead": 0, "last_reason": None,
+        "state": "active", "state_reason": None, "parked_at": None, "failing_reason": None, "rate": None, "concurrency": None, "endpoint_shard": 3,
+        "expired": False, "behind": None, "state_before": None, "replaced_by": None, "ahead": 0, "last_reason": None,
     }  # fmt: skip
     return Pending(**row | known)
 
 
-def owners(*lanes: Lane, in_flight: frozenset[int] | None = None) -> Owners:
-    return Owners({3: 100}, {100: Owner({at.host: at for at in lanes}, in_flight, 0.5)})
+def owners(*lanes: Lane, in_flight: frozenset[int] | None = None, stalled: str = "") -> Owners:
+    return Owners({3: 100}, {100: Owner({at.host: at for at in lanes}, in_flight, 0.5, stalled)})
+
+
+WHEN = datetime.datetime(2026, 11, 24, 10, tzinfo=datetime.UTC)
 
 
 BUSY: dict[str, Any] = {"why": "ready", "in_flight": 5, "waiting": 9}
@@ -250,7 +253,16 @@ BUSY: dict[str, Any] = {"why": "ready", "in_flight": 5, "waiting": 9}
         ({"endpoint_shard": 4}, owners(), "its endpoint moved to another host"),
         ({"expired": True}, owners(), "its event has expired"),
         ({"behind": 5}, owners(), "it waits behind delivery 5 of the same order key, which has just been settled"),
+        ({"replaced_by": UUID(int=9)}, owners(), f"event {UUID(int=9)} of the same coalesce key is newer"),
+        ({"parked_at": WHEN, "failing_reason": "answered 500"}, owners(), "its endpoint has been parked since 2026-11-24 10:00:00 UTC (answered 500)"),
         # the lane
+        ({"parked_at": WHEN, "failing_reason": "answered 500"}, owners(in_flight=frozenset({7})), "it is being sent now"),
+        ({"state_before": 6}, owners(in_flight=frozenset({6})), "it waits until delivery 6 of the same coalesce key has ended"),
+        ({"state_before": 6}, owners(in_flight=frozenset({5})), "it is about to be sent"),
+        ({}, owners(lane(why="share", waiting=9)), "it waits for a free slot (delivery.max_in_flight)"),
+        ({"rate": 1.0}, owners(lane(why="endpoint", waiting=9)), "it waits for its endpoint's own rate limit (1/s)"),
+        ({}, owners(stalled="PostgreSQL"), "it waits for PostgreSQL"),
+        ({"rate": 1.0}, owners(lane(why="endpoint", waiting=9), stalled="PostgreSQL"), "it waits for its endpoint's own rate"),
         ({}, owners(), "it is about to be sent"),
         ({}, owners(lane(in_flight=1)), "it is being sent now"),
         ({"age_s": 0.5}, owners(lane(in_flight=1)), "it is about to be sent"),
