@@ -325,7 +325,7 @@ def test_status_shows_trouble_first(dsn: str, cli: Cli, start_daemon: Callable[.
                 r"daemon     \S+, hookd \S+, up \d+ s, 64 shards, \d+ in flight, [\d,]+ in memory$", lines[0]
             )
             assert lines[1].startswith("queue      10,000+ fresh, ")
-            assert lines[2] == "endpoints  2 active, 1 of them failing, 0 paused, 0 disabled"
+            assert lines[2] == "endpoints  2 active, 1 of them failing, 0 parked, 0 paused, 0 disabled"
             head, *rows = lines[lines.index("") + 1 :]
             cells = [re.split(r" {2,}", row) for row in (head, *rows)]
             assert cells[0] == [
@@ -413,7 +413,7 @@ AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)
 
 QUEUE = {
     "fresh": 10_001, "waiting": 12, "dead_letters": 1, "oldest_at": AT, "shards": 64, "active": 9, "paused": 1,
-    "disabled": 2, "failing": 3,
+    "disabled": 2, "failing": 3, "parked": 0,
 }  # fmt: skip
 
 
