@@ -139,7 +139,7 @@ def queue(facts: Mapping[str, Any], at: Any, most: int, width: int | None) -> li
     endpoints = [
         f"{facts['active']:,} active",
         f"{facts['failing']:,} of them failing",
-        f"{facts['parked']:,} parked",
+        *([f"{facts['parked']:,} of them parked"] if facts["parked"] else []),
         f"{facts['paused']:,} paused",
         f"{facts['disabled']:,} disabled",
     ]

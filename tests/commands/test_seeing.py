@@ -325,7 +325,7 @@ def test_status_shows_trouble_first(dsn: str, cli: Cli, start_daemon: Callable[.
                 r"daemon     \S+, hookd \S+, up \d+ s, 64 shards, \d+ in flight, [\d,]+ in memory$", lines[0]
             )
             assert lines[1].startswith("queue      10,000+ fresh, ")
-            assert lines[2] == "endpoints  2 active, 1 of them failing, 0 parked, 0 paused, 0 disabled"
+            assert lines[2] == "endpoints  2 active, 1 of them failing, 0 paused, 0 disabled"
             head, *rows = lines[lines.index("") + 1 :]
             cells = [re.split(r" {2,}", row) for row in (head, *rows)]
             assert cells[0] == [
