@@ -4,8 +4,9 @@ backlog.
 
     python bench/limits.py [--seconds 40] [--json]
 
-180 hosts have rates that grow evenly on a logarithmic scale, so that all together stay below what one daemon can send, and
-the concurrency goes round with them; their answers take so long that concurrency would allow four times the rate, 50 ms
+180 hosts have rates that grow on a logarithmic scale, more of them low than high, so that all together stay at about half of
+what a core can send (a daemon that has no time left is late whatever its timers are), and the concurrency goes round with
+them; their answers take so long that concurrency would allow four times the rate, 50 ms
 at most.  At the other 20 the concurrency is the limit: rate 100, answers after 50 ms for each that may be under way, which
 leaves 20 a second.  Half of the hosts have their limits in ``[limits.hosts]`` of the configuration, some of them with a
 burst of 5, the others in the columns of their endpoint.
@@ -80,7 +81,7 @@ def hosts(stage: Stage) -> list[Limited]:
             found.append(Limited(name, 100.0, concurrency, 0, in_file, 50 * concurrency, 20.0))
         else:
             place = tens * 9 + ones
-            rate = round(100 ** (place / (HOSTS * 0.9 - 1)), 2)
+            rate = round(100 ** ((place / (HOSTS * 0.9 - 1)) ** 2), 2)
             concurrency = place * 7 % 10 + 1
             burst = BURST if in_file and place % 3 == 0 else 0
             answer_ms = max(1, min(50, int(250 * concurrency / rate)))

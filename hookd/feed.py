@@ -491,7 +491,8 @@ class Feed:
         state = self._state(row.endpoint)
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
-        self._note_newest(row)
+        if row.coalesce_key is not None:
+            self._note_newest(row)
         if row.replaced_by is None:
             if not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room)):
                 return False
@@ -667,7 +668,8 @@ class Feed:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
         if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
             return False
-        self._note_newest(row)
+        if row.coalesce_key is not None:
+            self._note_newest(row)
         if row.replaced_by is None:
             if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
                 if not head:
@@ -714,7 +716,8 @@ class Feed:
 
     def _note_newest(self, row: Row) -> None:
         """Older rows of this one's coalesce key are to end."""
-        if row.coalesce_key is not None and row.replaced_by is None:
+        assert row.coalesce_key is not None
+        if row.replaced_by is None:
             key = row.endpoint, row.coalesce_key
             self._newest[key] = max(self._newest.get(key, (row.id, row.event_id)), (row.id, row.event_id))
 

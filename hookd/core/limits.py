@@ -111,11 +111,6 @@ class Gate:
 
     # Rate.
 
-    @property
-    def paced(self) -> bool:
-        """Whether writes have to be asked for."""
-        return self._interval > 0
-
     def permitted_at(self) -> float:
         """When the next start is permitted by rate, hold and breaker: ``now`` or earlier means at once."""
         earliest = self._start_tat - self._tolerance - self.lead if self._interval else 0.0

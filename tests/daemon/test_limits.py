@@ -25,8 +25,8 @@ MANY = """
 insert into hookd.event (type, payload, tenant) select 'thing.made', '{}', $2 from generate_series(1, $1::integer)
 """
 
-JITTER_S = 0.05
-"""What a receiver in the same process as a test may add, on two busy cores; a burst of one would be 0.5 s at these rates."""
+JITTER_S = 0.2
+"""What a receiver in the same process as a test may add, on two busy cores; a limiter that does nothing would be 3 s off."""
 
 
 def worst_window(times: list[float], rate: float, burst: int = 1) -> float:
@@ -61,17 +61,17 @@ def test_a_rate_is_never_exceeded(
     dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess], whose: str
 ) -> None:
     file = tmp_path / "c.toml"
-    limits = '[limits.hosts."127.0.0.1"]\nrate = 40.0\n' if whose == "host" else ""
+    limits = '[limits.hosts."127.0.0.1"]\nrate = 20.0\n' if whose == "host" else ""
     file.write_text(limits)
     start_daemon(HOOKD_CONFIG=str(file))
 
     async def go() -> None:
         async with Timed() as receiver:
-            await add_endpoint_with_id(dsn, receiver.url, rate=40.0 if whose == "endpoint" else None)
-            await fetch(dsn, MANY, 80, "default")
+            await add_endpoint_with_id(dsn, receiver.url, rate=20.0 if whose == "endpoint" else None)
+            await fetch(dsn, MANY, 60, "default")
             await wait_empty(dsn)
-            assert worst_window(receiver.times, 40.0) <= 40.0 * JITTER_S
-            assert receiver.times[-1] - receiver.times[0] >= 79 / 40.0 - JITTER_S
+            assert worst_window(receiver.times, 20.0) <= 20.0 * JITTER_S
+            assert receiver.times[-1] - receiver.times[0] >= 59 / 20.0 - JITTER_S
 
     asyncio.run(go())
 
