@@ -16,7 +16,7 @@ import contextlib
 import gc
 import signal
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -361,12 +361,8 @@ class Daemon:
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
-        states = dict.fromkeys(
-            ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle"), 0
-        )
-        for lane in self.lanes.snapshot(self._clock.mono()):
-            states[lane.why] = states.get(lane.why, 0) + 1
-        return states
+        known = ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle")
+        return dict.fromkeys(known, 0) | self.lanes.states(self._clock.mono())
 
     def statements(self) -> dict[str, int]:
         """SQL statements of settling and reading so far; of this tenure as far as the feed goes."""
@@ -379,7 +375,7 @@ class Daemon:
         return orjson.dumps(
             {
                 "version": __version__,
-                "lanes": [asdict(lane) for lane in lanes],
+                "lanes": lanes,
                 "lanes_total": len(self.lanes),
                 "in_flight": len(in_flight),
                 "in_flight_ids": [d.id for d in in_flight] if len(in_flight) <= IDS_SHOWN else None,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hookd.core.histogram import Histogram
 from hookd.core.model import (
+    HEALTHY,
     Delivery,
     DeliveryId,
     Endpoint,
@@ -49,6 +50,9 @@ ATTEMPT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.
 """OpenTelemetry's for http.client.request.duration, and the default time-out."""
 
 LAG_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 300, 3600)
+
+TURN_MOST = 100
+"""Exchanges that one turn starts: some 5 ms of work.  Then answers are read before the next turn."""
 
 FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
@@ -257,11 +261,11 @@ class Dispatcher:
         if self._recorder.backed_up() or not self.vouched():
             self._wake_at(now + FENCE_RETRY_S, now)
             return
-        free = self.max_in_flight - len(self._in_flight)
+        free = min(TURN_MOST, self.max_in_flight - len(self._in_flight))
         if free > 0:
             ready = self._lanes.ready(now, free)
             under_way = sum([self._start(delivery) for delivery in ready])
-            if under_way < len(ready):
+            if under_way < len(ready) or len(ready) == TURN_MOST:
                 # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
                 self.poke()
             if ready:
@@ -352,13 +356,13 @@ class Dispatcher:
         """Only changes are written: nothing is updated on the success path."""
         before = endpoint.health
         if result.verdict.kind is VerdictKind.DELIVERED:
-            health = Health()
+            if before.failing_since is None and before.parked_at is None:
+                return
+            health = HEALTHY
         elif result.verdict.endpoint_failed and (before.failing_since is None or parked):
             since = wall if before.failing_since is None else before.failing_since
             health = Health(since, result.verdict.reason, wall if parked else None)
         else:
-            return
-        if health == before:
             return
         result.health = health
         if endpoint.key in self._endpoints:

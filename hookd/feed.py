@@ -400,7 +400,9 @@ class Feed:
 
     async def _endpoint_changed(self, endpoint: Endpoint) -> None:
         before = self._endpoints.get(endpoint.key)
-        if before == endpoint:
+        served = self._line.served(endpoint.key)
+        if before == endpoint and served is not None and served.health == endpoint.health:
+            # (resuming an endpoint makes its row what it was when it was read, though it has failed meanwhile)
             return
         self._look_again(endpoint.key)
         if endpoint.shard not in self.shards:

@@ -28,8 +28,9 @@ Measured on one core, 20 hosts: ``admit`` + ``ready`` + ``finished`` cost 4 µs 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from hookd.core.breaker import ENDPOINT
@@ -37,13 +38,16 @@ from hookd.core.limits import NEVER, Gate
 from hookd.core.model import Delivery, DeliveryId, EndpointKey, HostLimits, HostSign, Verdict, VerdictKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 RETRY_CREDIT = 0.25
 RETRY_CREDIT_MOST = 5.0
 
 CRAMPED_AT_ONCE = 2
 """Lanes that are looked at again when an exchange ends, of those that held as many slots as were left."""
+
+LOOKED_AT = 1000
+"""Lanes of one snapshot."""
 
 PROBLEM_SHOWN_S = 60.0
 """For so long an error counts as trouble, though nothing waits."""
@@ -182,6 +186,10 @@ class Lanes:
         self._in_flight: dict[DeliveryId, _Flight] = {}
         self._idle: deque[_Lane] = deque()
         """Lanes with nothing to do, looked at one at each turn."""
+        self._failed: dict[_Lane, None] = {}
+        """Lanes with an error of late, the last one last."""
+        self._shown: list[_Lane] = []
+        self._looked_at = 0
         self.total_waiting = 0
 
     def __repr__(self) -> str:
@@ -263,6 +271,8 @@ class Lanes:
             del self._cramped[lane]
         if verdict.endpoint_failed:
             lane.problem, lane.problem_mono = verdict.reason, now
+            self._failed.pop(lane, None)
+            self._failed[lane] = None
         if self._cramped:
             self._uncramp()
         if lane.waiting:
@@ -441,21 +451,23 @@ class Lanes:
         return len(queue.fresh) + len(queue.retries) if queue is not None else 0
 
     def snapshot(self, now: float, most: int | None = None) -> list[LaneState]:
-        """The lanes that have something to do, or are in trouble or were lately; these first, then the longest."""
+        """
+        The lanes that have something to do, or are in trouble or were lately; these first, then the longest.
 
-        def trouble(lane: _Lane) -> tuple[bool, bool, int]:
-            lately = bool(lane.problem) and now - lane.problem_mono < PROBLEM_SHOWN_S
-            return lane.gate.breaker.open or lane.gate.hold_until > now, lately, lane.waiting
-
-        lanes = [
-            lane for lane in self._lanes.values() if lane.waiting or lane.gate.in_flight or any(trouble(lane))
-        ]
-
-        chosen = (
-            sorted(lanes, key=trouble, reverse=True)
-            if most is None
-            else heapq.nlargest(most, lanes, key=trouble)
-        )
+        With ``most`` that many, and of more than ``LOOKED_AT`` lanes a part is looked at: those that failed last, those
+        shown last, and the next ones in turn.  (10,000 lanes once a second cost a tenth of a core, in one stall.)
+        """
+        ranked = []
+        for n, lane in enumerate(self._lanes.values() if most is None else self._candidates()):
+            gate = lane.gate
+            stopped = gate.breaker.open or gate.hold_until > now
+            lately = lane.problem != "" and now - lane.problem_mono < PROBLEM_SHOWN_S
+            if stopped or lately or lane.waiting or gate.in_flight:
+                ranked.append((stopped, lately, lane.waiting, n, lane))
+            if not (stopped or lately):
+                self._failed.pop(lane, None)
+        ranked.sort(reverse=True)
+        self._shown = [lane for *_, lane in ranked[:most]]
         return [
             LaneState(
                 host=lane.host,
@@ -474,8 +486,22 @@ class Lanes:
                 problem=lane.problem,
                 problem_s=now - lane.problem_mono if lane.problem else 0.0,
             )
-            for lane in chosen
+            for lane in self._shown
         ]
+
+    def _candidates(self) -> Iterable[_Lane]:
+        """The lanes that a snapshot looks at."""
+        if len(self._lanes) <= LOOKED_AT:
+            return list(self._lanes.values())
+        first = self._looked_at if self._looked_at < len(self._lanes) else 0
+        self._looked_at = first + LOOKED_AT
+        chosen = dict.fromkeys(islice(self._lanes.values(), first, self._looked_at))
+        chosen |= dict.fromkeys(islice(reversed(self._failed), LOOKED_AT))
+        return chosen | dict.fromkeys(lane for lane in self._shown if self._lanes.get(lane.host) is lane)
+
+    def states(self, now: float) -> Counter[str]:
+        """How many lanes wait for what."""
+        return Counter(self._why(lane, now) for lane in self._lanes.values())
 
     def _why(self, lane: _Lane, now: float) -> str:
         if not lane.waiting:
@@ -665,6 +691,7 @@ class Lanes:
                 self._rest(lane)
                 return
             del self._lanes[lane.host]
+            self._failed.pop(lane, None)
             lane.alarm = None
             for queue in lane.queues.values():
                 if self._queues.get(queue.key) is queue:

@@ -207,3 +207,22 @@ def test_a_delivery_is_in_one_place(
             lanes.finished(in_flight.pop(done.id), DELIVERED, now)
         now += 0.05
     assert not lanes.total_waiting, "nobody starves"
+
+
+def test_a_snapshot_of_many_lanes_finds_trouble_at_once_and_the_longest_soon() -> None:
+    lanes = Lanes(HostLimits(concurrency=1), {}, max_in_flight=10**6)
+    for n in range(5000):
+        lanes.admit(f"h{n}:80", delivery(n, n))
+        lanes.admit(f"h{n}:80", delivery(n + 10_000, n))
+    for n in range(50):
+        lanes.admit("h4321:80", delivery(n + 20_000, 4321))
+    started = {int(d.endpoint): d for d in lanes.ready(0.0, 10**6)}
+    lanes.finished(started[3456], SLOWER, 0.0)
+    assert lanes.snapshot(1.0, 10)[0].host == "h3456:80"
+    for _ in range(5):
+        found = [s.host for s in lanes.snapshot(2.0, 10)]
+    assert found[:2] == ["h3456:80", "h4321:80"]
+    assert len(found) == 10
+    found = [s.host for s in lanes.snapshot(100.0, 10)]
+    assert found[0] == "h4321:80", "its error is no news any more"
+    assert lanes.states(2.0) == {"concurrency": 4999, "ready": 1}

@@ -51,6 +51,30 @@ def test_the_first_failure_is_noted_and_a_success_clears_it(
     asyncio.run(go())
 
 
+def test_resuming_an_active_endpoint_begins_its_health_anew(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    start_daemon(HOOKD_RETRY__SCHEDULE='["1h"]')
+
+    async def go() -> None:
+        async with Receiver(always(answer(404))) as receiver:
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url)
+            await send(dsn)
+            await wait_for_health(dsn, endpoint, "failing_since is not null")
+            connection = await asyncpg.connect(dsn)
+            await registry.resume(connection, endpoint)
+            await connection.close()
+            async with asyncio.timeout(10):
+                while not await fetch(
+                    dsn, "select 1 from hookd.endpoint where id = $1 and failing_since is not null", endpoint
+                ):
+                    # until the daemon has read it; then a failure is a first one again
+                    await send(dsn)
+                    await asyncio.sleep(0.1)
+
+    asyncio.run(go())
+
+
 def test_a_parked_endpoint_stays_parked_over_a_restart_and_heals(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
