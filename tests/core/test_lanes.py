@@ -217,7 +217,8 @@ def test_a_snapshot_of_many_lanes_finds_trouble_at_once_and_the_longest_soon() -
     for n in range(50):
         lanes.admit("h4321:80", delivery(n + 20_000, 4321))
     started = {int(d.endpoint): d for d in lanes.ready(0.0, 10**6)}
-    lanes.finished(started[3456], SLOWER, 0.0)
+    failed = Verdict(VerdictKind.RETRY, "answered 500", endpoint_failed=True)
+    lanes.finished(started[3456], failed, 0.0)
     assert lanes.snapshot(1.0, 10)[0].host == "h3456:80"
     for _ in range(5):
         found = [s.host for s in lanes.snapshot(2.0, 10)]
