@@ -34,7 +34,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 CORE_MAY_IMPORT = {
     "__future__", "base64", "binascii", "bisect", "collections", "dataclasses", "datetime", "enum", "hashlib", "heapq",
-    "hmac", "idna", "ipaddress", "json", "re", "typing", "urllib", "uuid",
+    "hmac", "idna", "ipaddress", "itertools", "json", "re", "typing", "urllib", "uuid",
 }  # fmt: skip
 
 ONLY_IN = {
