@@ -394,7 +394,8 @@ class Daemon:
 
     def _reported(self, result: Result) -> None:
         kind, verdict = result.verdict.kind, result.verdict
-        if kind is VerdictKind.DELIVERED and self.config.log.level != "debug" and result.health is None:
+        ordinary = kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
+        if ordinary and self.config.log.level != "debug" and result.health is None:
             return
         endpoint = self.dispatcher.served(result.endpoint_key)
         about: dict[str, Any] = {
@@ -412,6 +413,8 @@ class Daemon:
             log.info("endpoint recovered", **about)
         if kind is VerdictKind.DELIVERED:
             log.debug("delivered", **about)
+        elif result.delivery.replaced_by is not None:
+            log.debug("replaced", reason=verdict.reason, **about)
         elif verdict.disable is not None:
             log.warning("endpoint disabled", reason=verdict.disable, **about)
         elif self._throttle.allows():
