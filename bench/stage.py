@@ -76,8 +76,14 @@ class Stage:
         assert self.receiver.stdout is not None
         self.ports: list[int] = json.loads(self.receiver.stdout.readline())
         self._databases = 0
+        self._children: list[subprocess.Popen[str]] = []
 
     def close(self) -> None:
+        for child in self._children:
+            # only where a script failed: a daemon without a database would wait for one for ever
+            if child.poll() is None:
+                child.kill()
+                child.wait()
         self.receiver.terminate()
         self.receiver.wait()
         self.server.leave()
@@ -149,7 +155,7 @@ class Stage:
     def child(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """A Python process on the core of its own."""
         core = self.own_core
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | {"PYTHONPATH": str(HERE.parent)} | environment,
             cwd=self.folder,
@@ -158,6 +164,8 @@ class Stage:
             text=True,
             preexec_fn=(lambda: os.sched_setaffinity(0, core)) if core else None,  # noqa: PLW1509 - no threads here
         )
+        self._children.append(child)
+        return child
 
     def daemon(self, **environment: str) -> Daemon:
         """Start one and wait until it delivers."""
