@@ -90,7 +90,7 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def fresh_database(self, like: str | None = None) -> str:
-        """Go on in a new database: with nothing but the schema, or a copy of another one.  Returns its name."""
+        """Go on in a new database, with nothing but the schema or a copy of another one; returns its name."""
         connection = await asyncpg.connect(self.dsn)
         self._databases += 1
         name = f"bench_{self._databases}"
@@ -263,7 +263,7 @@ class Daemon:
         if at_once:
             time.sleep(0.2)
             self.process.send_signal(signal.SIGTERM)
-            # where the first one was enough, the second may come after the daemon has stopped listening to signals
+            # where the first one was enough, the second may come when the daemon listens no more
             status.add(-signal.SIGTERM)
         assert self.process.wait(60) in status, self.process.returncode
 
@@ -318,9 +318,9 @@ class Arrivals:
 
 class Producer:
     """
-    Keeps so many deliveries pending: inserts as many as have arrived at the receiver, ``EACH`` in a transaction.
+    Keeps so many deliveries pending: inserts as many as have arrived, ``EACH`` in a transaction.
 
-    It commits without waiting for the disk, because its own cost is not what is measured; the daemon's commits wait.
+    It commits without waiting for the disk, because its own cost is not what is measured; the daemon's wait.
     """
 
     EACH = 80
@@ -352,7 +352,7 @@ class Producer:
 
 
 def raise_descriptors(wanted: int) -> int:
-    """Let this process, and those that it starts, open so many files if the system allows it; returns how many it does."""
+    """Let this process, and those it starts, open so many files; returns how many the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < most:
