@@ -3,17 +3,18 @@ Whether speed or memory depend on how much is pending: 1,000,000 deliveries agai
 
     python bench/backlog.py [--deliveries 100000] [--rounds 3] [--pending 1000000] [--few 1000] [--all] [--json]
 
-Each round starts the daemon on a copy of a database with so many deliveries pending at 8 free hosts, and a producer keeps
-them at that number, by inserting as many as arrive.  After two seconds to warm up, deliveries a second are taken over the
-next 100,000 arrivals; then the daemon's peak of resident memory, and that every row inserted is either logged or pending.
-Rounds with many and with few take turns.
+Each round starts the daemon on a copy of a database with so many deliveries pending at 8 free hosts, and a
+producer keeps them at that number, by inserting as many as arrive.  After two seconds to warm up, deliveries
+a second are taken over the next 100,000 arrivals; then the daemon's peak of resident memory, and that every
+row inserted is either logged or pending.  Rounds with many and with few take turns.
 
-The producer runs in both rounds, so that they differ in nothing but what is pending: PostgreSQL and the receiver have
-the core that the producer's inserts cost, and a backlog that only shrinks would be compared with one that is fed.
-``--all`` measures that too: it drains the 1,000,000 with no producer, to the last one.
+The producer runs in both rounds, so that they differ in nothing but what is pending: PostgreSQL and the
+receiver have the core that the producer's inserts cost, and a backlog that only shrinks would be compared
+with one that is fed.  ``--all`` measures that too: it drains the 1,000,000 with no producer, to the last one.
 
-The daemon is measured, not the aftermath of the bulk insert: each database was vacuumed and analyzed after it, copied
-file by file, and a checkpoint is made before the daemon starts.  What the daemon's own deletes cause belongs to the figure.
+The daemon is measured, not the aftermath of the bulk insert: each database was vacuumed and analyzed after
+it, copied file by file, and a checkpoint is made before the daemon starts.  What the daemon's own deletes
+cause belongs to the figure.
 
 Goals: deliveries a second >= 0.95x, memory <= 1.1x, first delivery within 2 s of the process's start.
 """

@@ -1,15 +1,16 @@
 """
-Whether a transaction that stays open slows the queue down: 500,000 deliveries that vacuum may not clean up after.
+Whether a transaction that stays open slows the queue down: 500,000 deliveries, and vacuum may not clean up.
 
     python bench/horizon.py [--deliveries 500000] [--json]
 
-A session begins a REPEATABLE READ transaction and reads, so that it holds a snapshot; then deliveries are inserted in step
-with draining, so that some 5,000 are always pending and arrivals, refill and settling all work beside the dead rows.  The
-figure is the rate of the last tenth against that of the first, by when the requests came to the receiver; what came in
-the first second is not counted, for connections are opened in it.  A run without the held transaction comes first, as the
-control, and what PostgreSQL's processes cost is shown for the same tenths: they share a core with the receiver and the
-producer, so dead rows are felt there before deliveries slow down.  A rate is worth nothing where somebody else took the
-daemon's core, so that is shown too.
+A session begins a REPEATABLE READ transaction and reads, so that it holds a snapshot; then deliveries are
+inserted in step with draining, so that some 5,000 are always pending and arrivals, refill and settling all
+work beside the dead rows.  The figure is the rate of the last tenth against that of the first, by when the
+requests came to the receiver; what came in the first second is not counted, for connections are opened in it.
+A run without the held transaction comes first, as the control, and what PostgreSQL's processes cost is shown
+for the same tenths: they share a core with the receiver and the producer, so dead rows are felt there before
+deliveries slow down.  A rate is worth nothing where somebody else took the daemon's core, so that is shown
+too.
 
 Goal: >= 0.95x with the transaction held.
 """
@@ -37,20 +38,22 @@ GOAL = 0.95
 HOLDS = "select backend_xmin is not null from pg_stat_activity where pid = $1"
 
 GROWN = """
-select pg_table_size('hookd.delivery') / 1e6 as table_mb, pg_indexes_size('hookd.delivery') / 1e6 as indexes_mb
+select pg_table_size('hookd.delivery') / 1e6 as table_mb,
+       pg_indexes_size('hookd.delivery') / 1e6 as indexes_mb
 """
 
 
 async def _watch(stage: Stage, daemon: Daemon, costs: list[tuple[float, ...]]) -> None:
-    """Note twice a second what the daemon and PostgreSQL have used of their cores, and how long the daemon got none."""
+    """Note twice a second what the daemon and PostgreSQL have used, and how long the daemon got no core."""
     while True:
         costs.append((time.monotonic(), daemon.cpu_s(), stage.postgres_cpu_s(), daemon.displaced_s()))
         await asyncio.sleep(0.5)
 
 
 def _costs(costs: list[tuple[float, ...]], begin: float, end: float, count: int) -> dict[str, float]:
-    """CPU a delivery of both between these moments, and the share of that time in which the daemon's core was taken."""
-    before, after = (min(costs, key=lambda c: abs(c[0] - t)) for t in (begin, end))
+    """CPU a delivery of both between these moments, and for which share of that the daemon got no core."""
+    before = max((c for c in costs if c[0] <= begin), default=costs[0])
+    after = min((c for c in costs if c[0] >= end), default=costs[-1])
     seconds, hookd, postgres, displaced = (b - a for a, b in zip(before, after, strict=True))
     each = (end - begin) / seconds / count * 1e6
     return {"hookd_us": hookd * each, "postgres_us": postgres * each, "displaced": displaced / seconds}

@@ -3,14 +3,15 @@ What 10,000 exchanges in flight cost: memory, and how late the event loop become
 
     python bench/inflight.py [--hosts 200] [--each 50] [--seconds 25] [--json]
 
-200 hosts answer after 20 seconds; 50 exchanges may be under way at each, and more is pending, so that an exchange that ends
-is followed by another one.  Once 10,000 are in flight, ``GET /healthz`` is asked for every 20 ms, for longer than one answer
-takes: every exchange ends and is followed within the time that is measured, and most of them within the few seconds that
-filling up took.  The lag while it fills up, when each exchange opens a connection, is shown but has no goal.
+200 hosts answer after 20 seconds; 50 exchanges may be under way at each, and more is pending, so that an
+exchange that ends is followed by another one.  Once 10,000 are in flight, ``GET /healthz`` is asked for every
+20 ms, for longer than one answer takes: every exchange ends and is followed within the time that is measured,
+and most of them within the few seconds that filling up took.  The lag while it fills up, when each exchange
+opens a connection, is shown but has no goal.
 
-The latency of ``/healthz`` bounds the lag of the daemon's loop from above: it holds the loop's lag, the handler (some
-0.5 ms), and the lateness of this script, which is shown beside it.  While one is waited for the next ones fall due and wait
-too, so a loop that stands still for a second is late fifty times.
+The latency of ``/healthz`` bounds the lag of the daemon's loop from above: it holds the loop's lag, the
+handler (some 0.5 ms), and the lateness of this script, which is shown beside it.  While one is waited for the
+next ones fall due and wait too, so a loop that stands still for a second is late fifty times.
 
 Goals: resident memory <= 200 MB with 10,000 in flight, p99 of the lag <= 50 ms.
 """
@@ -83,7 +84,7 @@ async def slow(stage: Stage, hosts: int, each: int, seconds: float) -> dict[str,
         [stage.host(n) for n in range(hosts)], f"/later?s={ANSWER_S}", [f"tenant-{n}" for n in range(hosts)]
     )
     connection = await asyncpg.connect(stage.dsn)
-    # one set in flight, one for each time that they end until the measuring does, and one that goes on waiting
+    # one set in flight, one for each time that they end while it is measured, and one that goes on waiting
     rows = wanted * (3 + int(seconds / ANSWER_S))
     await connection.execute(PENDING, rows, hosts)
     await connection.execute("vacuum analyze")

@@ -70,7 +70,7 @@ class Limited:
 
 
 def hosts(stage: Stage) -> list[Limited]:
-    """Nine by rate, one by concurrency, and so on.  Rate, concurrency, burst and where they are written do not go together."""
+    """Nine by rate, one by concurrency, and so on; rate, concurrency, burst and place do not go together."""
     found = []
     for n in range(HOSTS):
         name = stage.host(n)
@@ -93,7 +93,8 @@ def overshoot(came: list[float], host: Limited) -> float:
     """
     The most requests above rate * t + max(1, burst), over all windows.
 
-    A window from the ith to the jth request holds j - i + 1 of them, so only the least of ``i - rate * t_i`` so far matters.
+    A window from the ith to the jth request holds j - i + 1 of them, so only the least of ``i - rate * t_i`` so
+    far matters.
     """
     worst, least = 0.0, float("inf")
     for n, at in enumerate(came):
@@ -107,8 +108,8 @@ def used(came: list[float], host: Limited, begun: float, ended: float) -> float:
     """
     Of what the rate allows.
 
-    Counted from the last request before the window to the last one in it, or to one interval before the window's end: at
-    one a second the ends of the window would else matter more than what is measured.
+    Counted from the last request before the window to the last one in it, or to one interval before the window's
+    end: at one a second the ends of the window would else matter more than what is measured.
     """
     first, last = bisect_left(came, begun), bisect_left(came, ended)
     since = came[first - 1] if first else begun

@@ -16,8 +16,8 @@ listens on so many ports of 127.0.0.1 and prints them as JSON.
 | ``/fail`` | 500 |
 | ``/drip`` | an answer's head at one byte a second |
 
-``GET /stats`` says what came since it was asked last, on the monotonic clock.  From the first ``/paced`` on it also says how
-late a timer of 1 ms fired: a request may be noted so much later than it came.
+``GET /stats`` says what came since it was asked last, on the monotonic clock.  From the first ``/paced`` on it
+also says how late a timer of 1 ms fired: a request may be noted so much later than it came.
 """
 
 from __future__ import annotations

@@ -76,15 +76,21 @@ class Stage:
         assert self.receiver.stdout is not None
         self.ports: list[int] = json.loads(self.receiver.stdout.readline())
         self._databases = 0
+        self._children: list[subprocess.Popen[str]] = []
 
     def close(self) -> None:
+        for child in self._children:
+            # only where a script failed: a daemon without a database would wait for one for ever
+            if child.poll() is None:
+                child.kill()
+                child.wait()
         self.receiver.terminate()
         self.receiver.wait()
         self.server.leave()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def fresh_database(self, like: str | None = None) -> str:
-        """Go on in a new database: with nothing but the schema, or a copy of another one.  Returns its name."""
+        """Go on in a new database, with nothing but the schema or a copy of another one; returns its name."""
         connection = await asyncpg.connect(self.dsn)
         self._databases += 1
         name = f"bench_{self._databases}"
@@ -149,7 +155,7 @@ class Stage:
     def child(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """A Python process on the core of its own."""
         core = self.own_core
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | {"PYTHONPATH": str(HERE.parent)} | environment,
             cwd=self.folder,
@@ -158,6 +164,8 @@ class Stage:
             text=True,
             preexec_fn=(lambda: os.sched_setaffinity(0, core)) if core else None,  # noqa: PLW1509 - no threads here
         )
+        self._children.append(child)
+        return child
 
     def daemon(self, **environment: str) -> Daemon:
         """Start one and wait until it delivers."""
@@ -255,7 +263,7 @@ class Daemon:
         if at_once:
             time.sleep(0.2)
             self.process.send_signal(signal.SIGTERM)
-            # where the first one was enough, the second may come after the daemon has stopped listening to signals
+            # where the first one was enough, the second may come when the daemon listens no more
             status.add(-signal.SIGTERM)
         assert self.process.wait(60) in status, self.process.returncode
 
@@ -310,9 +318,9 @@ class Arrivals:
 
 class Producer:
     """
-    Keeps so many deliveries pending: inserts as many as have arrived at the receiver, ``EACH`` in a transaction.
+    Keeps so many deliveries pending: inserts as many as have arrived, ``EACH`` in a transaction.
 
-    It commits without waiting for the disk, because its own cost is not what is measured; the daemon's commits wait.
+    It commits without waiting for the disk, because its own cost is not what is measured; the daemon's wait.
     """
 
     EACH = 80
@@ -344,7 +352,7 @@ class Producer:
 
 
 def raise_descriptors(wanted: int) -> int:
-    """Let this process, and those that it starts, open so many files if the system allows it; returns how many it does."""
+    """Let this process, and those it starts, open so many files; returns how many the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < most:
