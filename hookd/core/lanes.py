@@ -220,7 +220,7 @@ class Lanes:
             self._enter(queue)
         lane.waiting += 1
         self.total_waiting += 1
-        if not lane.listed and not lane.cramped and lane.alarm is None and not queue.blocked:
+        if not queue.blocked:
             self._list(lane)
 
     def ready(self, now: float, free: int) -> list[Delivery]:
@@ -276,8 +276,7 @@ class Lanes:
         if self._cramped:
             self._uncramp()
         if lane.waiting:
-            if not lane.listed and lane.alarm is None:
-                self._list(lane)
+            self._list(lane)
         elif not lane.gate.in_flight:
             self._rest(lane)
         return parked
@@ -287,8 +286,7 @@ class Lanes:
         for _ in range(min(CRAMPED_AT_ONCE, len(self._cramped))):
             lane, _ = self._cramped.popitem(last=False)
             lane.cramped = False
-            if lane.waiting and not lane.listed and lane.alarm is None:
-                self._list(lane)
+            self._list(lane)
 
     def _endpoint_finished(
         self, flight: _Flight, verdict: Verdict, now: float, *, success: bool
@@ -415,8 +413,7 @@ class Lanes:
         for lane in self._lanes.values():
             lane.gate.reconfigure(self.limits_of(lane.host), now)
             lane.alarm = None
-            if lane.waiting and not lane.listed and not lane.cramped:
-                self._list(lane)
+            self._list(lane)
 
     def set_endpoint(
         self, endpoint: EndpointKey, rate: float | None, concurrency: int | None, *, parked: bool, now: float
@@ -646,15 +643,15 @@ class Lanes:
         queue.blocked = False
         queue.alarm = None
         self._enter(queue)
-        lane = queue.lane
-        if lane.waiting and not lane.listed and not lane.cramped and lane.alarm is None:
-            self._list(lane)
+        self._list(queue.lane)
 
     # The ring and the heap.
 
     def _list(self, lane: _Lane) -> None:
-        lane.listed = True
-        self._ring.append(lane)
+        """Let a lane take its turns, if something waits in it and it waits for nothing itself."""
+        if lane.waiting and not lane.listed and not lane.cramped and lane.alarm is None:
+            lane.listed = True
+            self._ring.append(lane)
 
     def _push(self, at: float, waiter: _Lane | _Queue) -> None:
         self._pushed += 1
@@ -673,8 +670,7 @@ class Lanes:
                 continue
             if isinstance(waiter, _Lane):
                 waiter.alarm = None
-                if waiter.waiting and not waiter.listed:
-                    self._list(waiter)
+                self._list(waiter)
             else:
                 self._unblock(waiter)
 
