@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from hookd.core.histogram import Histogram
@@ -58,10 +59,22 @@ FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
 
 
-class Exchange(Protocol):
-    """One signed POST (``net.exchange``); ``turn`` is asked before each write to its host."""
+class Attempt(Protocol):
+    """An exchange under way."""
 
-    async def send(self, request: Request, turn: Turn | None) -> Outcome: ...
+    def cancel(self) -> None:
+        """Let go of it; nobody is told."""
+        ...
+
+
+class Exchange(Protocol):
+    """
+    One signed POST (``net.exchange``).
+
+    ``done`` is told its outcome, later; ``turn`` is asked before each write to its host.
+    """
+
+    def begin(self, request: Request, turn: Turn | None, done: Callable[[Outcome], None]) -> Attempt: ...
 
 
 class Preparer(Protocol):
@@ -142,7 +155,7 @@ class Dispatcher:
         self._fault = fault
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
-        self._in_flight: dict[DeliveryId, tuple[Delivery, str, asyncio.Task[None]]] = {}
+        self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
         self._held: dict[DeliveryId, tuple[Delivery, asyncio.TimerHandle]] = {}
         self._loop = asyncio.get_running_loop()
         self._turn_asked = False
@@ -236,7 +249,7 @@ class Dispatcher:
 
     def in_flight(self) -> list[Delivery]:
         """Deliveries whose exchange is under way."""
-        return [delivery for delivery, _, _ in self._in_flight.values()]
+        return [delivery for delivery, _ in self._in_flight.values()]
 
     def forget_all(self) -> None:
         """The session is lost: let go of everything that is not in flight."""
@@ -306,34 +319,30 @@ class Dispatcher:
             outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
             self._judge(delivery, outcome)
             return False
-        task = self._loop.create_task(self._attempt(delivery, request, wall))
-        self._in_flight[delivery.id] = (delivery, endpoint.host, task)
+        turn = Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
+        try:
+            attempt = self._exchange.begin(request, turn, partial(self._ended, delivery, wall))
+        except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
+            self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
+            return False
+        self._in_flight[delivery.id] = (delivery, attempt)
         return True
 
-    async def _attempt(self, delivery: Delivery, request: Request, wall: float) -> None:
-        try:
-            turn = (
-                Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
-            )
-            outcome = await self._exchange.send(request, turn)
-        except asyncio.CancelledError:
-            self._in_flight.pop(delivery.id, None)
-            self._landed.set()
-            raise
-        except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
-            self._fault(delivery, error)
-            outcome = Outcome(OutcomeKind.OURS, reason="an internal error")
+    def _ended(self, delivery: Delivery, wall: float, outcome: Outcome) -> None:
         del self._in_flight[delivery.id]
         outcome.started_at = wall
         self._judge(delivery, outcome)
-        if self._in_flight or not self.stopping:
+        if self.stopping:
+            self._landed.set()
+        else:
             self.poke()
-        self._landed.set()
 
     def _judge(self, delivery: Delivery, outcome: Outcome) -> None:
         now = self._clock.mono()
         wall = self._clock.wall()
         endpoint = self._endpoints.get(delivery.endpoint)
+        if outcome.fault is not None:
+            self._fault(delivery, outcome.fault)
         self.counts.outcomes[
             outcome.kind.value if outcome.kind is not OutcomeKind.ANSWERED else _class(outcome)
         ] += 1
@@ -406,16 +415,16 @@ class Dispatcher:
                     await self._landed.wait()
         except TimeoutError:
             pass
-        tasks = [task for _, _, task in self._in_flight.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        cut_off = len(self._in_flight)
+        for _, attempt in self._in_flight.values():
+            attempt.cancel()
+        self._in_flight.clear()
         for _, timer in self._held.values():
             timer.cancel()
         if self._alarm is not None:
             self._alarm.cancel()
         self._pacer.close()
-        return len(tasks)
+        return cut_off
 
 
 def _class(outcome: Outcome) -> str:

@@ -192,7 +192,7 @@ class Recorder:
     ) -> None:
         outcome = result.outcome
         if outcome is not None and (outcome.headers or outcome.body or outcome.url):
-            outcome.headers, outcome.body, outcome.url = (), "", ""
+            outcome.headers = outcome.body = outcome.url = ""
             self._report(f"an answer could not be stored and was left out: {problem}", result)
             await self._settle([result], ledger, followers)
             return

@@ -39,21 +39,32 @@ class Preparer:
         return None  # type: ignore[return-value]
 
 
+class Attempt:
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
 class Exchange:
     def __init__(self, *script: Outcome | Exception) -> None:
         self.script = list(script)
         self.sent = 0
         self.hold: asyncio.Event | None = None
 
-    async def send(self, request: Request, turn: object) -> Outcome:
+    def begin(self, request: Request, turn: object, done: Callable[[Outcome], None]) -> Attempt:
         self.sent += 1
+        return Attempt(asyncio.create_task(self._go(done)))
+
+    async def _go(self, done: Callable[[Outcome], None]) -> None:
         if self.hold is not None:
             await self.hold.wait()
         await asyncio.sleep(0)
         step = self.script.pop(0) if self.script else Outcome(OutcomeKind.ANSWERED, sent=True, status=200)
         if isinstance(step, Exception):
-            raise step
-        return step
+            step = Outcome(OutcomeKind.OURS, reason="an internal error", fault=step)
+        done(step)
 
 
 class Bench:

@@ -306,14 +306,14 @@ def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> Non
     if invocation.json:
         print_json({
             "request": sent, "accepted": accepted, "outcome": outcome.kind.value, "status": outcome.status or None,
-            "reason": outcome.reason or None, "headers": dict(outcome.headers), "body": outcome.body,
+            "reason": outcome.reason or None, "headers": _headers(outcome.headers), "body": outcome.body,
             "total_ms": round(outcome.total_ms, 1), "connect_ms": outcome.connect_ms,
         })  # fmt: skip
     else:
         click.echo("\n".join(f"> {line}" for line in sent.splitlines()))
         if outcome.status:
             click.echo(f"< {outcome.status}")
-            click.echo("\n".join(f"< {name}: {value}" for name, value in outcome.headers))
+            click.echo("\n".join(f"< {line}" for line in outcome.headers.splitlines()))
             if outcome.body:
                 click.echo("<\n" + "\n".join(f"< {line}" for line in outcome.body.splitlines()))
         verdict = (
@@ -322,6 +322,10 @@ def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> Non
         click.echo(f"{verdict}, {shown(outcome.total_ms)} ms")
     if not accepted:
         raise click.exceptions.Exit(1)
+
+
+def _headers(lines: str) -> dict[str, str]:
+    return {name: value for name, _, value in (line.partition(": ") for line in lines.splitlines())}
 
 
 async def _try(

@@ -193,8 +193,8 @@ class Outcome:
     """A short, fixed sentence fit for a tenant: no addresses, no timing."""
     retry_after: str | None = None
     """The header as it came; ``core.verdict`` reads it."""
-    headers: tuple[tuple[str, str], ...] = ()
-    """Of the answer; sanitised and bounded."""
+    headers: str = ""
+    """Of the answer, a line each; sanitised and bounded."""
     body: str = ""
     """Excerpt of the answer, sanitised, at most ``delivery.max_response`` long."""
     body_truncated: bool = False
@@ -214,6 +214,8 @@ class Outcome:
     redirects: int = 0
     resent: bool = False
     """The request went out twice, because a reused connection closed before any byte of an answer."""
+    fault: Exception | None = None
+    """The bug of ours behind OURS, for the log."""
 
 
 class VerdictKind(enum.StrEnum):

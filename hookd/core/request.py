@@ -22,9 +22,9 @@ class InvalidRequest(ValueError):
     """The request cannot be built; the message is fit for a tenant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
-    """A signed POST."""
+    """A signed POST.  Not frozen, for that costs a microsecond; nobody writes to one."""
 
     target: Target
     head: bytes = field(repr=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import idna
 
@@ -79,6 +79,8 @@ class Target:
     path_and_query: str
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
     """For a literal."""
+    origin: str = ""
+    """Scheme, host and port: what connections are shared by."""
 
     @property
     def lane(self) -> str:
@@ -129,7 +131,9 @@ def _parse(text: str, *, https_only: bool) -> Target:
     host, ip = _literal6(pieces["v6"]) if pieces["v6"] is not None else _host(pieces["host"])
     path_and_query = _path(parts["path"] or "/", parts["query"] or "")
     target = Target("", scheme, host, port, path_and_query, ip)
-    return Target(f"{scheme}://{target.host_header}{path_and_query}", scheme, host, port, path_and_query, ip)
+    return replace(
+        target, url=f"{scheme}://{target.host_header}{path_and_query}", origin=f"{scheme}://{target.lane}"
+    )
 
 
 def _port(text: str | None, scheme: str) -> int:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 HEADERS_MOST = 64
 HEADERS_BYTES_MOST = 8 * 1024
 
-CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-LINE_CONTROLS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""All but tab and ends of lines; C1 too, which begins a terminal's sequences as ESC does."""
+LINE_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 REPLACEMENT = "\ufffd"
 
-SECRET_HEADERS = frozenset({"set-cookie", "authorization", "proxy-authenticate", "www-authenticate"})
+SECRET_HEADERS = frozenset({b"set-cookie", b"authorization", b"proxy-authenticate", b"www-authenticate"})
 """Kept by name only."""
 
 
@@ -29,18 +30,16 @@ def excerpt(body: bytes, most: int) -> str:
     return CONTROLS.sub(REPLACEMENT, body[:most].decode("utf-8", "replace"))
 
 
-def kept_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[str, str], ...]:
-    """Names and values of an answer's headers, as many as fit."""
-    kept: list[tuple[str, str]] = []
+def header_text(raw: Iterable[tuple[bytes, bytes]]) -> str:
+    """An answer's headers as lines, as many as fit."""
+    lines: list[bytes] = []
     size = 0
     for name, value in raw:
         size += len(name) + len(value)
-        if size > HEADERS_BYTES_MOST or len(kept) == HEADERS_MOST:
+        if size > HEADERS_BYTES_MOST or len(lines) == HEADERS_MOST:
             break
-        text = _line(name)
-        kept.append((text, "***" if text.lower() in SECRET_HEADERS else _line(value)))
-    return tuple(kept)
-
-
-def _line(text: bytes) -> str:
-    return LINE_CONTROLS.sub(REPLACEMENT, text.decode("utf-8", "replace"))
+        lines.append(name + (b": ***" if name.lower() in SECRET_HEADERS else b": " + value))
+    text = b"".join(lines)
+    if not (text.isascii() and text.decode("ascii").isprintable()):
+        return "\n".join(LINE_CONTROLS.sub(REPLACEMENT, line.decode("utf-8", "replace")) for line in lines)
+    return b"\n".join(lines).decode("ascii")

@@ -1,14 +1,10 @@
 """
 Connections: opened through aiohttp's connector, kept in a pool of our own.
 
-aiohttp's connector gives what is hard to write well: TCP and TLS set-up, happy eyeballs, the C parser behind its
-protocol.  Its pool is not used, for two reasons.  It reuses the connection that has been idle longest, which is the one
-most likely to be closed by the peer; and it hands out a connection on which the peer has already pushed bytes, so that
-the next request is answered by them (aiohttp#13656; seen with 3.14.5): a double reply would mark somebody else's
-delivery as delivered.
-
-So: last in, first out, and before reuse a connection is dropped if its protocol holds unread data, or if its socket is
-readable.  An idle connection has nothing to say; if it is readable, it is closing or lying.
+aiohttp's connector gives what is hard to write well: TCP and TLS set-up and happy eyeballs.  Its pool is not used, for two
+reasons.  It reuses the connection that has been idle longest, which is the one most likely to be closed by the peer; and
+it hands out a connection on which the peer has already pushed bytes.  So: last in, first out, and ``Line.silent`` is asked
+before each use.
 
 The guard is here too: ``socket_factory`` sees the address that is about to be dialled, whatever a resolver said or was
 not asked, and the peer of the connected socket is looked at once more before a byte is written.
@@ -18,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import select
 import socket
 from collections import deque
 from dataclasses import dataclass
@@ -31,13 +26,11 @@ from yarl import URL
 
 from hookd.core.addresses import AddressRules, classify
 from hookd.core.model import OutcomeKind
+from hookd.net.line import Line
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
-
-    from aiohttp.client_proto import ResponseHandler
-    from aiohttp.connector import Connection
 
     from hookd.core.urls import Target
     from hookd.net.resolver import Resolver
@@ -76,25 +69,6 @@ class ConnectFailure:
     reason: str
 
 
-class Line:
-    """A connection, and what is needed to use it again."""
-
-    __slots__ = ("connection", "fd", "idle_since", "key", "protocol", "transport")
-
-    def __init__(self, connection: Connection, key: ConnectionKey) -> None:
-        self.connection = connection
-        self.key = key
-        self.protocol: ResponseHandler = connection.protocol  # type: ignore[assignment]
-        self.transport: asyncio.Transport = connection.transport  # type: ignore[assignment]
-        self.fd: int = self.transport.get_extra_info("socket").fileno()
-        self.idle_since = 0.0
-
-    def drop(self) -> None:
-        """End it without a word."""
-        self.protocol.abort()
-        self.connection.close()
-
-
 class _Dial:
     """What the connector reads of a request when it opens a connection; one for each target."""
 
@@ -116,24 +90,19 @@ class _Dial:
         self.url = URL(target.url)
         self.host = target.host
         self.port = target.port
-        self.ssl: ssl.SSLContext | bool = context if target.scheme == "https" else True
+        tls = target.scheme == "https"
+        self.ssl: ssl.SSLContext | bool = context if tls else True
         self.proxy = None
         self.proxy_auth = None
         self.proxy_headers = None
         self.headers: dict[str, str] = {}
         self.server_hostname = None
         self.request_info = None
-        self.connection_key = key_of(target, context)
+        self.connection_key = ConnectionKey(target.host, target.port, tls, self.ssl, None, None, None)
 
     def is_ssl(self) -> bool:
         """Whether it is TLS."""
         return self.connection_key.is_ssl
-
-
-def key_of(target: Target, context: ssl.SSLContext) -> ConnectionKey:
-    """Connections are shared by everybody on the same scheme, host and port."""
-    tls = target.scheme == "https"
-    return ConnectionKey(target.host, target.port, tls, context if tls else True, None, None, None)
 
 
 class _Vetted(AbstractResolver):
@@ -186,9 +155,11 @@ class Connections:
             force_close=True,  # its pool stays empty
             ssl=context,
         )
-        self._idle: dict[ConnectionKey, deque[Line]] = {}
+        self._idle: dict[str, deque[Line]] = {}
+        """By origin: connections are shared by everybody on the same scheme, host and port."""
+        self.talking: set[Line] = set()
+        """Lines on which an answer is awaited."""
         self._dials: dict[Target, _Dial] = {}
-        self._poll = select.poll()
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         self.opened = 0
 
@@ -197,30 +168,27 @@ class Connections:
 
     def has_idle(self, target: Target) -> bool:
         """Whether there is an idle connection to the target, good or not."""
-        return bool(self._idle.get(key_of(target, self._context)))
+        return bool(self._idle.get(target.origin))
 
     def take(self, target: Target) -> Line | None:
         """An idle connection to the target that is silent and alive; the one that was used last."""
-        lines = self._idle.get(key_of(target, self._context))
+        lines = self._idle.get(target.origin)
         if lines is None:
             return None
-        now = self._mono()
+        oldest = self._mono() - IDLE_MOST_S
         while lines:
             line = lines.pop()
-            if now - line.idle_since <= IDLE_MOST_S and self._silent(line):
+            if line.idle_since > oldest and line.silent():
                 return line
             line.drop()
         return None
 
     def keep(self, line: Line) -> None:
         """Keep a connection whose answer was read to its end."""
-        if line.protocol.should_close or not line.protocol.is_connected():
-            line.drop()
-            return
         line.idle_since = self._mono()
-        lines = self._idle.get(line.key)
+        lines = self._idle.get(line.origin)
         if lines is None:
-            lines = self._idle[line.key] = deque()
+            lines = self._idle[line.origin] = deque()
         lines.append(line)
 
     async def open(self, target: Target) -> Line | ConnectFailure:
@@ -247,9 +215,9 @@ class Connections:
         except (aiohttp.ClientError, ValueError):
             return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
         self.opened += 1
-        line = Line(connection, dial.connection_key)
-        peer = line.transport.get_extra_info("peername")
-        if peer is None or not classify(peer[0], self._rules()).allowed:
+        line = Line(connection, target.origin, mono=self._mono, talking=self.talking, keep=self.keep)
+        peer = line.peer()
+        if peer is None or not classify(peer, self._rules()).allowed:
             line.drop()
             return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
         return line
@@ -261,20 +229,16 @@ class Connections:
                 line.drop()
         self._idle.clear()
 
+    def expire(self, now: float) -> None:
+        """End what is under way for too long."""
+        for line in list(self.talking):
+            line.expire(now)
+
     async def close(self) -> None:
         """Drop everything."""
         self._sweeper.cancel()
         self.drop_idle()
         await self._connector.close()
-
-    def _silent(self, line: Line) -> bool:
-        if not line.protocol.is_connected() or line.protocol.should_close:
-            return False
-        self._poll.register(line.fd, select.POLLIN | select.POLLPRI)
-        try:
-            return not self._poll.poll(0)
-        finally:
-            self._poll.unregister(line.fd)
 
     def _guarded_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
         family, kind, proto, _, address = addr_info

@@ -314,8 +314,7 @@ def attempt_record(result: Result, due_at: float | None) -> tuple[Any, ...]:
         verdict.kind.value, outcome.kind.value, verdict.reason or outcome.reason or None,
         None if due_at is None else _timestamp(due_at),
         outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.url or None,
-        "\n".join(f"{name}: {value}" for name, value in outcome.headers) or None,
-        outcome.body or None, outcome.body_truncated,
+        outcome.headers or None, outcome.body or None, outcome.body_truncated,
     )  # fmt: skip
 
 

@@ -1,0 +1,339 @@
+"""
+A line: one connection, and the conversation on it: a request goes out in one write, one answer is read.
+
+It is a protocol of our own on the transport that aiohttp's connector opened, with aiohttp's C parser behind it, and none
+of the per-request objects of ``ClientSession``: no task, no future, no timer, no queue.  An answer that comes in one piece,
+as nearly all do, is read, judged and handed on within the one call of the event loop that brought it.
+
+What counts as an answer is a status line and headers.  A body that is cut, slow, endless or compressed changes nothing:
+it is read up to a bound, never decompressed, and costs the connection if it does not end there.
+
+A line has nothing to say before it is asked.  Bytes that come while nobody asked, before the first request as after the
+last, end it: aiohttp would take them for the answer to the next request (aiohttp#13656, seen with 3.14.5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import select
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp.client_exceptions import ClientPayloadError
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpResponseParser
+
+from hookd.core.model import OutcomeKind
+from hookd.net.answer import excerpt, header_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.connector import Connection
+
+    from hookd.core.model import Outcome
+    from hookd.core.request import Request
+
+ONE_WRITE_MOST = 2048
+"""Above this, head and body are written as two parts instead of being copied into one."""
+
+INTERIM_MOST = 16
+"""1xx answers before one that counts."""
+
+HEADER_LINE_MOST = 8190
+HEADERS_MOST = 64
+
+BEYOND_BODY_MOST = 256 * 1024
+"""Bytes of an answer beside its body (head, 1xx, chunk extensions, trailers) that are read before it is cut off."""
+
+READ_BUFFER = 2**16
+"""Only the parser's mark for flow control; what bounds an answer is ``max_response``."""
+
+NewParser: Any = HttpResponseParser
+PARSER = (
+    READ_BUFFER,
+    None,
+    HEADER_LINE_MOST,
+    HEADERS_MOST,
+    HEADER_LINE_MOST,
+    ClientPayloadError,
+    True,
+    True,
+    False,
+)
+"""By place, which is a microsecond cheaper: limit, timer, max_line_size, max_headers, max_field_size, payload_exception,
+response_with_body, read_until_eof, auto_decompress.  ``reads_answers`` and the contract tests hold aiohttp to it."""
+
+BROKEN = (HttpProcessingError, ClientPayloadError, ValueError, RuntimeError, AssertionError)
+"""What aiohttp's parser and its stream raise for what is not HTTP."""
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Asker(Protocol):
+    """Who asks on a line, and is told what came of it, once."""
+
+    request: Request
+    outcome: Outcome
+    deadline: float
+    most: int
+    """Bytes of the body that are kept."""
+    location: str | None
+    """Of a redirect."""
+
+    def wrote(self) -> None:
+        """The request is being written."""
+        ...
+
+    def answered(self) -> None:
+        """An answer came, and is in the outcome."""
+        ...
+
+    def unanswered(self, kind: OutcomeKind, reason: str, *, resend: bool = False) -> None:
+        """None came; ``resend``: the connection had been used before, and closed without a byte."""
+        ...
+
+
+class Line(asyncio.Protocol):
+    """A connection; at most one request at a time is under way on it."""
+
+    __slots__ = (
+        "_asker",
+        "_connection",
+        "_interim",
+        "_keep",
+        "_loop",
+        "_message",
+        "_mono",
+        "_parser",
+        "_payload",
+        "_poll",
+        "_received",
+        "_talking",
+        "_transport",
+        "_written_mono",
+        "idle_since",
+        "origin",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        origin: str,
+        *,
+        mono: Callable[[], float],
+        talking: set[Line],
+        keep: Callable[[Line], None],
+    ) -> None:
+        """
+        Take over a connection that was just opened.
+
+        ``talking`` holds the lines that are being asked; ``keep`` takes a line that may be asked again.
+        """
+        transport: asyncio.Transport = connection.transport  # type: ignore[assignment]
+        self._connection = connection
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._mono = mono
+        self._talking = talking
+        self._keep = keep
+        self._asker: Asker | None = None
+        self._parser: Any = None
+        self._message: Any = None
+        self._payload: Any = None
+        self._interim = 0
+        self._received = 0
+        self._written_mono = 0.0
+        self.origin = origin
+        self.idle_since = 0.0
+        self._poll = select.poll()
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLPRI)
+        transport.set_protocol(self)
+
+    def __repr__(self) -> str:
+        return f"<Line {self.origin} {'asked' if self._asker is not None else 'idle'}>"
+
+    def peer(self) -> str | None:
+        """The address at its other end."""
+        name = self._transport.get_extra_info("peername")
+        return name[0] if name else None
+
+    def silent(self) -> bool:
+        """
+        Whether it is open and has nothing to say; asked just before it is used.
+
+        An idle connection that is readable is closing or lying.
+        """
+        return not self._transport.is_closing() and not self._poll.poll(0)
+
+    def ask(self, asker: Asker) -> None:
+        """Write a request; ``asker`` is told of its end, later."""
+        self._asker = asker
+        self._message = self._payload = None
+        self._interim = self._received = 0
+        # A parser for each answer: bytes that came behind the one before must not begin this one.
+        self._parser = NewParser(self, self._loop, *PARSER)
+        self._talking.add(self)
+        asker.wrote()
+        request = asker.request
+        if len(request.body) <= ONE_WRITE_MOST:
+            self._transport.write(request.head + request.lines + request.body)
+        else:
+            self._transport.writelines((request.head + request.lines, request.body))
+        asker.outcome.sent = True
+        self._written_mono = self._mono()
+
+    def expire(self, now: float) -> None:
+        """End what is under way if its time is up; when the head of an answer came, that counts."""
+        asker = self._asker
+        if asker is None or asker.deadline > now:
+            return
+        if self._message is not None:
+            self._end_answered(whole=False)
+        else:
+            self._end_unanswered(OutcomeKind.TIMEOUT, "no answer in time")
+
+    def drop(self) -> None:
+        """End it without a word; nobody is told."""
+        self._asker = None
+        self._talking.discard(self)
+        self._transport.abort()
+        self._connection.close()
+
+    # What the event loop says.
+
+    def data_received(self, data: bytes) -> None:
+        """Read on in the answer."""
+        if self._asker is None:
+            self.drop()
+            return
+        self._received += len(data)
+        try:
+            messages, upgraded, _ = self._parser.feed_data(data)
+        except BROKEN:
+            if self._message is not None:
+                self._end_answered(whole=False)
+            else:
+                self._end_unanswered(OutcomeKind.MALFORMED, "the answer is not HTTP")
+            return
+        if messages and not self._heads(messages, upgraded):
+            return
+        payload = self._payload
+        most = self._asker.most
+        if payload is not None and payload.is_eof():
+            self._end_answered(whole=True)
+        elif payload is not None and payload.total_bytes > most:
+            self._end_answered(whole=False)
+        elif self._received > most + BEYOND_BODY_MOST:
+            if payload is not None:
+                self._end_answered(whole=False)
+            else:
+                self._end_unanswered(OutcomeKind.MALFORMED, "the answer is not HTTP")
+
+    def eof_received(self) -> None:
+        """The other end has closed: so do we."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        if self._asker is None:
+            self._connection.close()
+        elif self._message is not None:
+            try:
+                self._parser.feed_eof()
+                whole = exc is None and self._payload.is_eof()
+            except BROKEN:
+                whole = False
+            self._end_answered(whole=whole, lost=True)
+        else:
+            code = exc.errno if isinstance(exc, OSError) else None
+            crossed = exc is None or code in (errno.ECONNRESET, errno.EPIPE)
+            self._end_unanswered(
+                OutcomeKind.CONNECTION_LOST,
+                "the connection was closed before an answer"
+                if exc is None
+                else "the connection was reset before an answer",
+                resend=crossed and not self._received,
+            )
+
+    def pause_reading(self) -> None:
+        """The stream asks for it; nothing is paused, what is too large is cut off."""
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's signature
+        """The other half."""
+
+    # The answer.
+
+    def _heads(self, messages: Any, upgraded: bool) -> bool:  # noqa: FBT001
+        """Take what was parsed; whether the conversation goes on."""
+        for message, payload in messages:
+            if self._message is not None:
+                # a second answer: the first one counts, the connection does not
+                self._end_answered(whole=False)
+                return False
+            code = message.code
+            if code < 200 or upgraded:
+                self._interim += 1
+                if code == 101 or upgraded or self._interim >= INTERIM_MOST:
+                    self._end_unanswered(OutcomeKind.MALFORMED, "the answer is not one to a POST")
+                    return False
+                continue
+            self._message = message
+            self._payload = payload
+            asker = self._asker
+            assert asker is not None
+            outcome = asker.outcome
+            outcome.first_byte_ms = (self._mono() - self._written_mono) * 1000
+            outcome.status = code
+            outcome.headers = header_text(message.raw_headers)
+            if code >= 300:
+                outcome.retry_after = message.headers.get("Retry-After")
+                if code in REDIRECTS:
+                    asker.location = message.headers.get("Location")
+        return True
+
+    def _end_answered(self, *, whole: bool, lost: bool = False) -> None:
+        asker, message, payload = self._asker, self._message, self._payload
+        assert asker is not None
+        self._asker = None
+        self._talking.discard(self)
+        most = asker.most
+        body = payload.read_nowait(-1) if payload.total_bytes and payload.exception() is None else b""
+        if body:
+            asker.outcome.body = excerpt(body, most)
+        asker.outcome.body_truncated = not whole or len(body) > most
+        if (
+            whole
+            and not lost
+            and not message.should_close
+            # an early answer may come before the request was fully written
+            and not self._transport.get_write_buffer_size()
+        ):
+            self._message = self._payload = self._parser = None
+            self._keep(self)
+        else:
+            self.drop()
+        asker.answered()
+
+    def _end_unanswered(self, kind: OutcomeKind, reason: str, *, resend: bool = False) -> None:
+        asker = self._asker
+        assert asker is not None
+        self.drop()
+        asker.unanswered(kind, reason, resend=resend)
+
+
+def reads_answers() -> bool:
+    """Whether the installed aiohttp's parser does what is asked of it here."""
+    try:
+        parser = NewParser(Line.__new__(Line), object(), *PARSER)
+        messages, upgraded, _ = parser.feed_data(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\r\n\r\nok")
+        ((message, payload),) = messages
+        return (
+            not upgraded
+            and (message.code, message.should_close) == (200, False)
+            and message.raw_headers == ((b"Content-Length", b"2"), (b"X-A", b"b"))
+            and message.headers.get("x-a") == "b"
+            and payload.is_eof()
+            and (payload.total_bytes, payload.exception(), payload.read_nowait(-1)) == (2, None, b"ok")
+        )
+    except (*BROKEN, TypeError, AttributeError):
+        return False
