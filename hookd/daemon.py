@@ -222,6 +222,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             owner = OwnerSession(await self._database.connect("owner"), self._clock)
             stack.push_async_callback(owner.close)
+            await owner.prepare()
             queue = Queue(await self._database.connect("feed"))
             stack.push_async_callback(queue.close)
             maintenance = Maintenance(await self._database.connect("upkeep"))

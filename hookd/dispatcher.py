@@ -55,6 +55,9 @@ LAG_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 TURN_MOST = 100
 """Exchanges that one turn starts: some 5 ms of work.  Then answers are read before the next turn."""
 
+CLASSES = tuple(f"{n}xx" for n in range(10))
+"""Answers, as metrics count them; a status has three digits."""
+
 FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
 
@@ -343,12 +346,12 @@ class Dispatcher:
         endpoint = self._endpoints.get(delivery.endpoint)
         if outcome.fault is not None:
             self._fault(delivery, outcome.fault)
-        self.counts.outcomes[
-            outcome.kind.value if outcome.kind is not OutcomeKind.ANSWERED else _class(outcome)
-        ] += 1
-        self.counts.attempt_s.observe(outcome.total_ms / 1000)
+        counts = self.counts
+        answered = outcome.kind is OutcomeKind.ANSWERED
+        counts.outcomes[CLASSES[outcome.status // 100] if answered else outcome.kind.value] += 1
+        counts.attempt_s.observe(outcome.total_ms / 1000)
         if delivery.attempt == 0 and outcome.written_at:
-            self.counts.lag_s.observe(max(0.0, outcome.written_at - delivery.event.created_at))
+            counts.lag_s.observe(max(0.0, outcome.written_at - delivery.event.created_at))
         if endpoint is None:
             # the session was lost meanwhile, and its endpoints with it: judge without its history
             endpoint = Endpoint(delivery.endpoint, delivery.event.id, "", outcome.url, "", delivery.shard)
@@ -425,7 +428,3 @@ class Dispatcher:
             self._alarm.cancel()
         self._pacer.close()
         return cut_off
-
-
-def _class(outcome: Outcome) -> str:
-    return f"{outcome.status // 100}xx"

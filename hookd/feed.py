@@ -767,7 +767,7 @@ class Feed:
             events |= await self._reads.events(missing[start : start + EVENTS_AT_ONCE])
         self._events.update(events)
         for row in rows:
-            event = self._events.get(row.event_id)
+            event = events.get(row.event_id) or self._events.get(row.event_id)
             if event is None:
                 # it is not sent: replaced, or its day was dropped by retention and the dispatcher ends it as expired
                 event = Event(row.event_id, "", "", b"", created_at=0.0, expires_at=0.0)

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -76,11 +77,11 @@ def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source
 
 
 def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -> bytes:
-    kind = json.dumps(event.type).encode()
+    if form is BodyFormat.RAW:
+        return event.payload
+    kind = _quoted(event.type)
     at = rfc3339(event.created_at).encode()
     match form:
-        case BodyFormat.RAW:
-            return event.payload
         case BodyFormat.STANDARD:
             return b'{"type":%b,"timestamp":"%b","data":%b}' % (kind, at, event.payload)
         case BodyFormat.CLOUDEVENTS:
@@ -100,7 +101,18 @@ def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -
             )
 
 
+@lru_cache(1024)
+def _quoted(text: str) -> bytes:
+    return json.dumps(text).encode()
+
+
 def rfc3339(wall: float) -> str:
     """A time as ``2026-11-23T20:15:00.123Z``."""
-    at = datetime.datetime.fromtimestamp(wall, datetime.UTC)
-    return f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z"
+    second, microsecond = divmod(round(wall * 1e6), 1_000_000)
+    return f"{_second(second)}.{microsecond // 1000:03d}Z"
+
+
+@lru_cache(64)
+def _second(second: int) -> str:
+    # events come in the order of their time, and printing one costs 4 µs
+    return f"{datetime.datetime.fromtimestamp(second, datetime.UTC):%Y-%m-%dT%H:%M:%S}"

@@ -11,14 +11,14 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-HEADERS_MOST = 64
 HEADERS_BYTES_MOST = 8 * 1024
 
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """All but tab and ends of lines; C1 too, which begins a terminal's sequences as ESC does."""
 LINE_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+VISIBLE = bytes(range(0x20, 0x7F))
 REPLACEMENT = "\ufffd"
 
 SECRET_HEADERS = frozenset({b"set-cookie", b"authorization", b"proxy-authenticate", b"www-authenticate"})
@@ -30,16 +30,21 @@ def excerpt(body: bytes, most: int) -> str:
     return CONTROLS.sub(REPLACEMENT, body[:most].decode("utf-8", "replace"))
 
 
-def header_text(raw: Iterable[tuple[bytes, bytes]]) -> str:
+def header_text(raw: Sequence[tuple[bytes, bytes]]) -> str:
     """An answer's headers as lines, as many as fit."""
-    lines: list[bytes] = []
+    text = b"\n".join([name + b": " + value for name, value in raw])
+    if (
+        text.translate(None, VISIBLE) == b"\n" * (len(raw) - 1)
+        and len(text) <= HEADERS_BYTES_MOST
+        and SECRET_HEADERS.isdisjoint([name.lower() for name, _ in raw])
+    ):
+        return text.decode("ascii")
+    lines: list[str] = []
     size = 0
     for name, value in raw:
         size += len(name) + len(value)
-        if size > HEADERS_BYTES_MOST or len(lines) == HEADERS_MOST:
+        if size > HEADERS_BYTES_MOST:
             break
-        lines.append(name + (b": ***" if name.lower() in SECRET_HEADERS else b": " + value))
-    text = b"".join(lines)
-    if not (text.isascii() and text.decode("ascii").isprintable()):
-        return "\n".join(LINE_CONTROLS.sub(REPLACEMENT, line.decode("utf-8", "replace")) for line in lines)
-    return b"\n".join(lines).decode("ascii")
+        line = name + (b": ***" if name.lower() in SECRET_HEADERS else b": " + value)
+        lines.append(LINE_CONTROLS.sub(REPLACEMENT, line.decode("utf-8", "replace")))
+    return "\n".join(lines)

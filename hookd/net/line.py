@@ -100,6 +100,7 @@ class Line(asyncio.Protocol):
     __slots__ = (
         "_asker",
         "_connection",
+        "_header_text",
         "_interim",
         "_keep",
         "_loop",
@@ -108,6 +109,7 @@ class Line(asyncio.Protocol):
         "_parser",
         "_payload",
         "_poll",
+        "_raw_headers",
         "_received",
         "_talking",
         "_transport",
@@ -141,6 +143,8 @@ class Line(asyncio.Protocol):
         self._parser: Any = None
         self._message: Any = None
         self._payload: Any = None
+        self._raw_headers: tuple[tuple[bytes, bytes], ...] = ()
+        self._header_text = ""
         self._interim = 0
         self._received = 0
         self._written_mono = 0.0
@@ -284,7 +288,11 @@ class Line(asyncio.Protocol):
             outcome = asker.outcome
             outcome.first_byte_ms = (self._mono() - self._written_mono) * 1000
             outcome.status = code
-            outcome.headers = header_text(message.raw_headers)
+            if message.raw_headers != self._raw_headers:
+                # one receiver says nearly the same each time: it is read once, and kept once
+                self._raw_headers = message.raw_headers
+                self._header_text = header_text(message.raw_headers)
+            outcome.headers = self._header_text
             if code >= 300:
                 outcome.retry_after = message.headers.get("Retry-After")
                 if code in REDIRECTS:

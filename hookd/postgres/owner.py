@@ -17,9 +17,9 @@ run again.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -148,6 +148,18 @@ class OwnerSession:
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
 
+    async def prepare(self) -> None:
+        """Let times be numbers on this connection: a datetime on the way to a COPY costs 1.5 µs a row."""
+        as_number = partial(
+            self._connection.set_type_codec,
+            "timestamptz",
+            schema="pg_catalog",
+            encoder=_to_microseconds,
+            decoder=_from_microseconds,
+            format="tuple",
+        )
+        await self._run(as_number, timeout=None)
+
     @property
     def backend(self) -> int:
         """Process id of this session in PostgreSQL."""
@@ -257,7 +269,7 @@ class OwnerSession:
                 [r.delivery.attempt for r in retried],
                 [r.verdict.delay_s for r in retried],
             )
-            settled.due_at.update((row[0], row[1].timestamp()) for row in rows)
+            settled.due_at.update((row[0], row[1]) for row in rows)
             settled.ids.update(settled.due_at)
             settled.statements += 1
 
@@ -304,15 +316,15 @@ def attempt_record(result: Result, due_at: float | None) -> tuple[Any, ...]:
     delivery, outcome, verdict = result.delivery, result.outcome, result.verdict
     if outcome is None:
         return (
-            _timestamp(result.written_wall), delivery.id, delivery.event.id, result.endpoint_key, 0, None,
+            result.written_wall, delivery.id, delivery.event.id, result.endpoint_key, 0, None,
             delivery.replay, False, False, False, verdict.kind.value, None, verdict.reason or None, None,
             None, None, None, None, None, None, None, False,
         )  # fmt: skip
     return (
-        _timestamp(outcome.started_at), delivery.id, delivery.event.id, result.endpoint_key, delivery.attempt + 1,
+        outcome.started_at, delivery.id, delivery.event.id, result.endpoint_key, delivery.attempt + 1,
         outcome.status or None, delivery.replay, outcome.sent, outcome.resent, outcome.reused,
         verdict.kind.value, outcome.kind.value, verdict.reason or outcome.reason or None,
-        None if due_at is None else _timestamp(due_at),
+        due_at,
         outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.url or None,
         outcome.headers or None, outcome.body or None, outcome.body_truncated,
     )  # fmt: skip
@@ -329,5 +341,13 @@ def _disabled_payload(row: asyncpg.Record) -> str:
     )
 
 
-def _timestamp(wall: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(wall, datetime.UTC)
+POSTGRES_EPOCH = 946_684_800
+"""2000-01-01, from where PostgreSQL counts."""
+
+
+def _to_microseconds(wall: float) -> tuple[int]:
+    return (round((wall - POSTGRES_EPOCH) * 1e6),)
+
+
+def _from_microseconds(at: tuple[int]) -> float:
+    return at[0] / 1e6 + POSTGRES_EPOCH

@@ -45,6 +45,7 @@ REPLACED = """
           where n.endpoint = d.endpoint and n.coalesce_key = d.coalesce_key and n.id > d.id
           order by n.id desc limit 1) end as replaced_by"""
 
+# The columns of core.reads.Row, in its order: a record becomes a row without being looked into.
 COLUMNS = "d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_key, d.replay, d.coalesce_key,"
 
 # Rows whose transaction the last snapshot did not see and this one does: exact, whatever the order of commits.
@@ -52,14 +53,15 @@ COLUMNS = "d.id, d.event_id, d.endpoint, d.shard, d.attempt, d.due_at, d.order_k
 ARRIVALS = f"""
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as now, null::bigint as id, null::uuid as event_id,
        null::integer as endpoint, null::smallint as shard, null::smallint as attempt, null::timestamptz as due_at,
-       null::text as order_key, null::boolean as replay, null::text as coalesce_key, null::uuid as replaced_by
+       null::text as order_key, null::boolean as replay, null::text as coalesce_key, null::uuid as replaced_by,
+       null::boolean as later
 union all
-(select null, null, {COLUMNS}{REPLACED}
+(select null, null, {COLUMNS}{REPLACED}, false
    from hookd.delivery d
   where d.xid >= $1::text::xid8 and d.shard = any($3::smallint[])
   limit $4)
 union all
-(select null, null, {COLUMNS}{REPLACED}
+(select null, null, {COLUMNS}{REPLACED}, false
    from hookd.delivery d
   where d.xid = any($2::text[]::xid8[]) and d.shard = any($3::smallint[])
   limit $4)
@@ -77,7 +79,7 @@ select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.
 """
 
 REFILL_FRESH = f"""
-select {COLUMNS}{REPLACED}
+select {COLUMNS}{REPLACED}, false as later
   from unnest($1::integer[], $2::bigint[], $3::integer[]) as q (endpoint, place, want)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -88,7 +90,7 @@ select {COLUMNS}{REPLACED}
 
 # An endpoint's rows that are due, and the first one that is not: when to look again. An ended endpoint's are all due.
 REFILL_DUE = f"""
-select {COLUMNS} d.later,{REPLACED}
+select {COLUMNS}{REPLACED}, d.later
   from unnest($1::integer[], $2::timestamptz[], $3::bigint[], $4::integer[], $5::boolean[])
        as q (endpoint, due_at, id, want, ended)
  cross join lateral (
@@ -110,7 +112,7 @@ select {COLUMNS} d.later,{REPLACED}
 # The oldest row of each order key, from where the feed knows that none is left before: the entries of settled rows
 # stand in the index until vacuum, and while somebody holds a snapshot, so walking over them again would cost more and more.
 HEADS = f"""
-select {COLUMNS}{REPLACED}
+select {COLUMNS}{REPLACED}, false as later
   from unnest($1::integer[], $2::text[], $3::bigint[]) as q (endpoint, order_key, after)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -121,7 +123,7 @@ select {COLUMNS}{REPLACED}
 
 # The newest row of each coalesce key: what may be sent once the one under way has ended.
 LATEST = f"""
-select {COLUMNS} null::uuid as replaced_by
+select {COLUMNS} null::uuid as replaced_by, false as later
   from unnest($1::integer[], $2::text[]) as q (endpoint, coalesce_key)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -132,7 +134,7 @@ select {COLUMNS} null::uuid as replaced_by
 
 # What a newer row of a coalesce key replaces, wherever it waits: behind a place, or for its time.
 OLDER = f"""
-select {COLUMNS} q.event_id as replaced_by
+select {COLUMNS} q.event_id as replaced_by, false as later
   from unnest($1::integer[], $2::text[], $3::bigint[], $4::uuid[]) as q (endpoint, coalesce_key, id, event_id)
  cross join lateral (
    select f.* from hookd.delivery f
@@ -200,8 +202,11 @@ ENDPOINT_CHANGES = (
 )
 
 # Unnested, so that each id is looked for in its own day's partition only: pruning does not see through any().
+# Times as numbers and the payload as bytes, for that is what becomes of them: 2 µs an event less than through their types.
 EVENTS = """
-select e.id, e.type, e.tenant, e.payload, e.created_at, e.expires_at, e.headers
+select e.id, e.type, e.tenant, convert_to(e.payload, 'UTF8') as payload,
+       extract(epoch from e.created_at)::double precision as created_at,
+       extract(epoch from e.expires_at)::double precision as expires_at, e.headers
   from unnest($1::uuid[]) as k (id)
   join hookd.event e on e.id = k.id
 """
@@ -209,7 +214,9 @@ select e.id, e.type, e.tenant, e.payload, e.created_at, e.expires_at, e.headers
 # A replay may outlive its event's partition: the dead letter carries a copy.
 BURIED_EVENTS = """
 select distinct on (d.event_id)
-       d.event_id as id, d.type, d.tenant, d.payload, d.created_at, d.expires_at, d.headers
+       d.event_id as id, d.type, d.tenant, convert_to(d.payload, 'UTF8') as payload,
+       extract(epoch from d.created_at)::double precision as created_at,
+       extract(epoch from d.expires_at)::double precision as expires_at, d.headers
   from hookd.dead_letter d
  where d.event_id = any($1::uuid[])
  order by d.event_id
@@ -244,7 +251,9 @@ class Queue:
         bounds = str(since.xmax), list(since.xip), list(shards)
         head, *rows = await self._run(self._connection.fetch, ARRIVALS, *bounds, window + 1)
         if len(rows) <= window:
-            return Arrivals(Snapshot.parse(head[0]), head[1].timestamp(), [_row(r) for r in rows], [])
+            return Arrivals(
+                Snapshot.parse(head[0]), head[1].timestamp(), [Row._make(r[2:]) for r in rows], []
+            )
         head, *places = await self._run(self._connection.fetch, ARRIVAL_PLACES, *bounds)
         return Arrivals(
             Snapshot.parse(head[0]),
@@ -256,7 +265,7 @@ class Queue:
     async def refill_fresh(self, demands: Sequence[tuple[EndpointKey, int, int]]) -> list[Row]:
         """Each endpoint's next fresh rows: ``(endpoint, after this id, how many)``."""
         columns = [list(c) for c in zip(*demands, strict=True)]
-        return [_row(r) for r in await self._run(self._connection.fetch, REFILL_FRESH, *columns)]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, REFILL_FRESH, *columns)]
 
     async def refill_due(
         self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
@@ -267,19 +276,17 @@ class Queue:
         A demand is ``(endpoint, after this time, and this id, how many, whatever their time)``.
         """
         columns = [list(c) for c in zip(*demands, strict=True)]
-        return [
-            _row(r, later=r["later"]) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)
-        ]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)]
 
     async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]:
         """The oldest pending row of each ``(endpoint, order key, after this id)``."""
         columns = [list(c) for c in zip(*keys, strict=True)]
-        return [_row(r) for r in await self._run(self._connection.fetch, HEADS, *columns)]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, HEADS, *columns)]
 
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
         """The newest pending row of each ``(endpoint, coalesce key)``."""
         columns = [list(c) for c in zip(*keys, strict=True)]
-        return [_row(r) for r in await self._run(self._connection.fetch, LATEST, *columns)]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, LATEST, *columns)]
 
     async def older(self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int) -> list[Row]:
         """
@@ -288,7 +295,7 @@ class Queue:
         ``newer`` is ``(endpoint, coalesce key, id, its event)``.
         """
         columns = [list(c) for c in zip(*newer, strict=True)]
-        return [_row(r) for r in await self._run(self._connection.fetch, OLDER, *columns, most)]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, OLDER, *columns, most)]
 
     async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]:
         """The endpoints that have fresh rows, and those that have rows with a time, with the first of these."""
@@ -313,11 +320,11 @@ class Queue:
 
     async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
         """The events of these ids; those whose day was dropped are missing, unless a dead letter has a copy."""
-        found = {r["id"]: _event(r) for r in await self._run(self._connection.fetch, EVENTS, ids)}
+        found = {r[0]: _event(r) for r in await self._run(self._connection.fetch, EVENTS, ids)}
         missing = [i for i in ids if i not in found]
         if missing:
             found |= {
-                r["id"]: _event(r) for r in await self._run(self._connection.fetch, BURIED_EVENTS, missing)
+                r[0]: _event(r) for r in await self._run(self._connection.fetch, BURIED_EVENTS, missing)
             }
         return found
 
@@ -367,23 +374,10 @@ class Queue:
         ]
 
 
-def _row(r: asyncpg.Record, *, later: bool = False) -> Row:
-    return Row(
-        r["id"], r["event_id"], r["endpoint"], r["shard"], r["attempt"], r["due_at"], r["order_key"], r["replay"],
-        r["coalesce_key"], r["replaced_by"], later,
-    )  # fmt: skip
-
-
 def _event(r: asyncpg.Record) -> Event:
-    headers = r["headers"]
+    id_, type_, tenant, payload, created_at, expires_at, headers = r
     return Event(
-        id=r["id"],
-        type=r["type"],
-        tenant=r["tenant"],
-        payload=r["payload"].encode(),
-        created_at=r["created_at"].timestamp(),
-        expires_at=_epoch(r["expires_at"]),
-        headers=json.loads(headers) if headers else None,
+        id_, type_, tenant, payload, created_at, expires_at, json.loads(headers) if headers else None
     )
 
 

@@ -37,6 +37,7 @@ VERDICTS = {
 def run(dsn: str, work: Callable[[OwnerSession], Awaitable[None]]) -> None:
     async def go() -> None:
         owner = OwnerSession(await asyncpg.connect(dsn), SystemClock())
+        await owner.prepare()
         try:
             await owner.acquire()
             await work(owner)
@@ -96,6 +97,7 @@ def test_only_one_owns_a_shard(dsn: str) -> None:
         assert len(owner.shards) == 64
         assert owner.owns_all
         other = OwnerSession(await asyncpg.connect(dsn), SystemClock())
+        await other.prepare()
         assert await other.acquire() == set()
         assert not other.owns_all
         await owner.close()
