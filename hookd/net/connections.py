@@ -57,6 +57,9 @@ OUR_FAULTS = frozenset(
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 
 
+SPOKE_FIRST = "the connection was closed, or spoke, before it was asked"
+
+
 class AddressBlocked(OSError):
     """The guard refused an address that was about to be dialled."""
 
@@ -215,6 +218,10 @@ class Connections:
         except (aiohttp.ClientError, ValueError):
             return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
         self.opened += 1
+        if connection.protocol is None or connection.protocol.should_close:
+            # what it said before the line took over is in aiohttp's hands
+            connection.close()
+            return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
         line = Line(connection, target.origin, mono=self._mono, talking=self.talking, keep=self.keep)
         peer = line.peer()
         if peer is None or not classify(peer, self._rules()).allowed:

@@ -31,7 +31,7 @@ from aiohttp import http_parser
 from hookd.core.model import Outcome, OutcomeKind
 from hookd.core.request import Request, prepare_head
 from hookd.core.urls import Target, UrlProblem, parse_url
-from hookd.net.connections import ConnectFailure, Connections
+from hookd.net.connections import SPOKE_FIRST, ConnectFailure, Connections
 from hookd.net.line import REDIRECTS, Line, reads_answers
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Attempt:
                 raise
         if not line.silent():
             line.drop()
-            raise _NotAsked(OutcomeKind.MALFORMED, "the connection was closed, or spoke, before it was asked")
+            raise _NotAsked(OutcomeKind.MALFORMED, SPOKE_FIRST)
         return line, False
 
     @staticmethod
