@@ -108,8 +108,9 @@ def _quoted(text: str) -> bytes:
 
 def rfc3339(wall: float) -> str:
     """A time as ``2026-11-23T20:15:00.123Z``."""
-    second, microsecond = divmod(round(wall * 1e6), 1_000_000)
-    return f"{_second(second)}.{microsecond // 1000:03d}Z"
+    # half a microsecond, so that what PostgreSQL has as .123 is not .122999…
+    milliseconds = int(wall * 1000 + 0.0005)
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
 
 
 @lru_cache(64)

@@ -201,7 +201,9 @@ class Line(asyncio.Protocol):
         """End it without a word; nobody is told."""
         self._asker = None
         self._talking.discard(self)
-        self._transport.abort()
+        handler = self._connection.protocol
+        if handler is not None:
+            handler.abort()  # and it lets go of the transport, which must not be closed once more
         self._connection.close()
 
     # What the event loop says.
