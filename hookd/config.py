@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from hookd.core.model import HostLimits, RetryPolicy
+from hookd.core.proxies import Proxy, parse_proxy
 from hookd.core.urls import UrlProblem, parse_url
 
 if TYPE_CHECKING:
@@ -160,6 +161,10 @@ class Config(msgspec.Struct, frozen=True):
             for name, host in base.hosts.items()
         }
 
+    def egress_proxy(self) -> Proxy | None:
+        """The proxy that everything goes through; None: none."""
+        return parse_proxy(self.network.proxy) if self.network.proxy else None
+
     def admin_address(self) -> tuple[str, int] | None:
         """Host and port to listen on; None when it is off."""
         return split_address(self.admin.listen) if self.admin.listen else None
@@ -171,7 +176,6 @@ RELOADABLE = ("delivery", "retry", "limits", "network", "retention", "log")
 """Sections that SIGHUP applies; the others need a restart."""
 
 LATER = {
-    "network.proxy": "egress proxies are not built yet",
     "security.master_key_file": "encryption of secrets at rest is not built yet",
     "security.require_verification": "verification of endpoints is not built yet",
 }
@@ -490,6 +494,13 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
             ipaddress.ip_address(text)
         except ValueError:
             yield "network.nameservers", f"{text!r} is no IP address"
+    if network.proxy:
+        try:
+            parse_proxy(network.proxy)
+        except ValueError as problem:
+            yield "network.proxy", str(problem)
+    elif network.proxy_resolves:
+        yield "network.proxy_resolves", "is true, but there is no network.proxy"
 
 
 def _bad_delivery(delivery: DeliveryConfig) -> Iterator[tuple[str, str]]:

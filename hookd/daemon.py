@@ -36,6 +36,7 @@ from hookd.feed import Feed
 from hookd.logs import Throttle
 from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
+from hookd.net.tunnel import ByProxy
 from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
 from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
@@ -70,6 +71,10 @@ GC_THRESHOLDS = (50_000, 20, 50)
 """With 500 exchanges in flight the default thresholds cost a third of all CPU; everything that lives long is frozen."""
 
 
+SAY_AGAIN_S = 60.0
+"""How often a fault that goes on is logged."""
+
+
 @dataclass(slots=True)
 class Tenure:
     """The parts that live as long as one session."""
@@ -101,12 +106,16 @@ class Daemon:
         self._stop_now = asyncio.Event()
         self._database_lost = False
         self._thin_key = b""
+        self._said_mono: dict[str, float] = {}
+        """When a fault of ours was last spoken of; the faults are few."""
         self.rules = self._address_rules()
         self.lanes = Lanes(
             config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
         )
-        self.resolver = Resolver(
-            lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono
+        self.resolver = (
+            ByProxy()
+            if config.network.proxy_resolves
+            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
         )
         self.exchange = HttpExchange(
             self.resolver,
@@ -115,6 +124,7 @@ class Daemon:
             wall=self._clock.wall,
             mono=self._clock.mono,
             context=tls_context(config.network.ca_file),
+            proxy=config.egress_proxy(),
         )
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
         self.dispatcher = Dispatcher(
@@ -130,6 +140,7 @@ class Daemon:
             room=self._room,
             report=self._reported,
             fault=self._faulty,
+            ours=self._held_back,
         )
 
     # Life.
@@ -426,6 +437,12 @@ class Daemon:
     @staticmethod
     def _faulty(delivery: Delivery, error: Exception) -> None:
         log.error("internal error in an exchange; it is tried again", delivery_id=delivery.id, exc_info=error)
+
+    def _held_back(self, problem: str) -> None:
+        now = self._clock.mono()
+        if now - self._said_mono.get(problem, -SAY_AGAIN_S) >= SAY_AGAIN_S:
+            self._said_mono[problem] = now
+            log.warning("deliveries are held, and use up no attempt", problem=problem)
 
     def _unstorable(self, problem: str, result: Result) -> None:
         log.error(

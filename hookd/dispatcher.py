@@ -139,10 +139,11 @@ class Dispatcher:
         room: Callable[[list[Delivery]], None],
         report: Callable[[Result], None],
         fault: Callable[[Delivery, Exception], None],
+        ours: Callable[[str], None],
     ) -> None:
         """
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
-        ``fault``: the exchange raised, which is a fault of ours.
+        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for.
         """
         self._lanes = lanes
         self._exchange = exchange
@@ -156,6 +157,7 @@ class Dispatcher:
         self.room = room
         self._report = report
         self._fault = fault
+        self._ours = ours
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
         self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
@@ -358,6 +360,7 @@ class Dispatcher:
         verdict = judge(outcome, delivery, endpoint, self.policy, wall, self._dice.draw())
         parked = self._lanes.finished(delivery, verdict, now)
         if verdict.kind is VerdictKind.HOLD:
+            self._ours(verdict.reason)
             self._hold(delivery, verdict.delay_s)
             return
         result = Result(delivery, delivery.endpoint, outcome, verdict, written_wall=wall)

@@ -33,7 +33,7 @@ FLOORS = {
 MODULES = sorted(ROOT.rglob("*.py"))
 
 CORE_MAY_IMPORT = {
-    "__future__", "base64", "binascii", "bisect", "collections", "dataclasses", "datetime", "enum", "hashlib", "heapq",
+    "__future__", "base64", "binascii", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
     "hmac", "idna", "ipaddress", "itertools", "json", "re", "typing", "urllib", "uuid",
 }  # fmt: skip
 

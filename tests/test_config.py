@@ -28,7 +28,7 @@ rate = "x"
 rat = 3
 [network]
 allow = ["10.0.0.1/8"]
-proxy = "http://proxy:3128"
+proxy = "proxy.internal"
 [admin]
 listen = "0.0.0.0:80"
 [retry]
@@ -59,7 +59,7 @@ def test_all_mistakes_at_once_with_line_and_nearest_key() -> None:
         'c.toml:13: limits.hosts."a.example".rate: expected a number, got text',
         'c.toml:14: limits.hosts."a.example".rat: there is no such key; did you mean rate?',
         "c.toml:16: network.allow: '10.0.0.1/8' is no network",
-        "c.toml:17: network.proxy:",
+        "c.toml:17: network.proxy: only proxies of http, https and socks5 are known",
         "c.toml:19: admin.listen: 0.0.0.0 is not loopback: set admin.token_file",
         "c.toml:21: retry.schedule: 3 is no duration",
         "c.toml:22: retry.jitter: expected a number <= 1",

@@ -87,6 +87,7 @@ class Bench:
             room=lambda _: None,
             report=self.results.append,
             fault=lambda _, error: self.faults.append(error),
+            ours=lambda _: None,
         )
         self.dispatcher.serve(ENDPOINT)
 

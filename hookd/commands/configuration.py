@@ -47,6 +47,8 @@ def show(invocation: Invocation) -> None:
             value = getattr(part, key)
             if path == "database.dsn":
                 value = redacted(value)
+            if path == "network.proxy" and value:
+                value = str(loaded.config.egress_proxy())
             if path == "limits.hosts":
                 value = {host: {k: getattr(h, k) for k in h.__struct_fields__} for host, h in value.items()}
             rows.append((path, value, loaded.sources.get(path, "default")))

@@ -83,11 +83,16 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 async def _vetted(url: str, config: Config) -> Vetted:
     from hookd.core.addresses import AddressRules  # noqa: PLC0415 - not for --help
     from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415
+    from hookd.net.tunnel import ByProxy  # noqa: PLC0415
     from hookd.net.vetting import vet  # noqa: PLC0415
 
     network = config.network
     rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
-    resolver = Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    resolver = (
+        ByProxy()
+        if network.proxy_resolves
+        else Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    )
     try:
         return await vet(url, resolver, https_only=network.https_only)
     finally:
@@ -339,6 +344,7 @@ async def _try(
     from hookd.core.request import InvalidRequest  # noqa: PLC0415
     from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context  # noqa: PLC0415
     from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415
+    from hookd.net.tunnel import ByProxy  # noqa: PLC0415
     from hookd.postgres import registry  # noqa: PLC0415
     from hookd.postgres.queue import Queue  # noqa: PLC0415
 
@@ -359,11 +365,16 @@ async def _try(
         raise Failed(f"the request cannot be made: {problem}") from None
     network = config.network
     rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
-    resolver = Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    resolver = (
+        ByProxy()
+        if network.proxy_resolves
+        else Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    )
     exchange = HttpExchange(
         resolver, lambda: rules,
         ExchangeOptions(delivery_config.max_response, delivery_config.redirects, network.https_only, wire.user_agent),
         wall=time.time, mono=time.monotonic, context=tls_context(network.ca_file),
+        proxy=config.egress_proxy(),
     )  # fmt: skip
     try:
         outcome = await exchange.send(request)

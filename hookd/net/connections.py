@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,12 @@ from yarl import URL
 from hookd.core.addresses import AddressRules, classify
 from hookd.core.model import OutcomeKind
 from hookd.net.line import Line
+from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable
 
+    from hookd.core.proxies import Proxy
     from hookd.core.urls import Target
     from hookd.net.resolver import Resolver
 
@@ -53,6 +55,19 @@ OUR_FAULTS = frozenset(
     }
 )
 """What no receiver can be blamed for."""
+
+ADDRESSES_TRIED = 2
+"""Of those that a name has, through a proxy."""
+
+NEXT_ADDRESS = frozenset(
+    {
+        OutcomeKind.CONNECT_FAILED,
+        OutcomeKind.CONNECT_REFUSED,
+        OutcomeKind.CONNECT_TIMEOUT,
+        OutcomeKind.BLOCKED,
+    }
+)
+"""After which the next address of a name is tried."""
 
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 
@@ -111,7 +126,7 @@ class _Dial:
 class _Vetted(AbstractResolver):
     """Hands the connector the addresses that our resolver has vetted."""
 
-    def __init__(self, resolver: Resolver) -> None:
+    def __init__(self, resolver: Resolver | ByProxy) -> None:
         self._resolver = resolver
 
     async def resolve(
@@ -142,11 +157,14 @@ class Connections:
 
     def __init__(
         self,
-        resolver: Resolver,
+        resolver: Resolver | ByProxy,
         rules: Callable[[], AddressRules],
         context: ssl.SSLContext,
         mono: Callable[[], float],
+        proxy: Proxy | None = None,
     ) -> None:
+        self._resolver = resolver
+        self._proxy = proxy
         self._rules = rules
         self._context = context
         self._mono = mono
@@ -196,6 +214,8 @@ class Connections:
 
     async def open(self, target: Target) -> Line | ConnectFailure:
         """A new connection to a vetted address of the target.  The caller sets the deadline."""
+        if self._proxy is not None:
+            return await self._open_by(self._proxy, target)
         dial = self._dials.get(target)
         if dial is None:
             if len(self._dials) > 10_000:
@@ -203,31 +223,52 @@ class Connections:
             dial = self._dials[target] = _Dial(target, self._context)
         try:
             connection = await self._connector.connect(dial, [], NO_TIMEOUT)  # type: ignore[arg-type]
-        except aiohttp.ClientConnectorDNSError as error:
-            return ConnectFailure(
-                OutcomeKind.DNS_FAILED, str(error.os_error.strerror or "the name could not be resolved")
-            )
-        except aiohttp.ClientConnectorCertificateError as error:
-            return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error.certificate_error))
-        except aiohttp.ClientConnectorSSLError:
-            return ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
-        except aiohttp.ClientConnectorError as error:
-            return connect_failure(error.os_error)
-        except OSError as error:
-            return connect_failure(error)
-        except (aiohttp.ClientError, ValueError):
-            return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
-        self.opened += 1
-        if connection.protocol is None or connection.protocol.should_close:
+        except Exception as error:
+            failure = connect_failure(error)
+            if failure is None:
+                raise
+            return failure
+        handler = connection.protocol
+        if handler is None or connection.transport is None or handler.should_close:
             # what it said before the line took over is in aiohttp's hands
             connection.close()
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
-        line = Line(connection, target.origin, mono=self._mono, talking=self.talking, keep=self.keep)
+
+        def let_go() -> None:
+            handler.abort()  # which lets go of the transport: it must not be closed once more
+            connection.close()
+
+        line = self._line(connection.transport, target, let_go)
         peer = line.peer()
         if peer is None or not classify(peer, self._rules()).allowed:
             line.drop()
             return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
         return line
+
+    async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
+        resolution = await self._resolver.resolve(target.host)
+        failure = ConnectFailure(OutcomeKind.DNS_FAILED, resolution.problem)
+        for address in resolution.addresses[:ADDRESSES_TRIED]:
+            try:
+                transport = await open_tunnel(proxy, target, address, self._context)
+            except NoTunnel as error:
+                failure = ConnectFailure(error.refusal.kind, error.refusal.reason)
+            except (OSError, ValueError) as error:
+                failure = connect_failure(error) or failure
+                if failure.kind is not OutcomeKind.TLS_FAILED:
+                    # after the tunnel stood, all that is between the target and us is TLS
+                    failure = ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
+            else:
+                return self._line(transport, target, transport.abort)
+            if failure.kind not in NEXT_ADDRESS:
+                break
+        return failure
+
+    def _line(self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None]) -> Line:
+        self.opened += 1
+        return Line(
+            transport, target.origin, let_go=let_go, mono=self._mono, talking=self.talking, keep=self.keep
+        )
 
     def drop_idle(self) -> None:
         """Drop what is idle: the rules have changed."""
@@ -265,8 +306,28 @@ class Connections:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
 
-def connect_failure(error: OSError) -> ConnectFailure:
-    """What the system's error means."""
+def connect_failure(error: Exception) -> ConnectFailure | None:
+    """What an error of the connector or the system means; None: it is a bug."""
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            reason = str(error.os_error.strerror or "the name could not be resolved")
+            return ConnectFailure(OutcomeKind.DNS_FAILED, reason)
+        case aiohttp.ClientConnectorCertificateError():
+            return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error.certificate_error))
+        case ssl.SSLCertVerificationError():
+            return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error))
+        case aiohttp.ClientConnectorSSLError() | ssl.SSLError():
+            return ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
+        case aiohttp.ClientConnectorError():
+            return _system_failure(error.os_error)
+        case OSError():
+            return _system_failure(error)
+        case aiohttp.ClientError() | ValueError():
+            return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
+    return None
+
+
+def _system_failure(error: OSError) -> ConnectFailure:
     if isinstance(error, AddressBlocked) or "the address is not allowed" in str(error):
         return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
     if error.errno in OUR_FAULTS:

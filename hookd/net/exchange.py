@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from hookd.core.addresses import AddressRules
+    from hookd.core.proxies import Proxy
     from hookd.net.resolver import Resolver
+    from hookd.net.tunnel import ByProxy
 
 TICK_S = 0.05
 """How late an attempt may be ended."""
@@ -246,13 +248,14 @@ class HttpExchange:
 
     def __init__(
         self,
-        resolver: Resolver,
+        resolver: Resolver | ByProxy,
         rules: Callable[[], AddressRules],
         options: ExchangeOptions,
         *,
         wall: Callable[[], float],
         mono: Callable[[], float],
         context: ssl.SSLContext | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         self.resolver = resolver
         self.options = options
@@ -261,7 +264,7 @@ class HttpExchange:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching = False
-        self.connections = Connections(resolver, rules, context or tls_context(""), mono)
+        self.connections = Connections(resolver, rules, context or tls_context(""), mono, proxy)
 
     def __repr__(self) -> str:
         return f"<HttpExchange {self.connections!r}>"

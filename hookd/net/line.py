@@ -29,8 +29,6 @@ from hookd.net.answer import excerpt, header_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiohttp.connector import Connection
-
     from hookd.core.model import Outcome
     from hookd.core.request import Request
 
@@ -99,10 +97,10 @@ class Line(asyncio.Protocol):
 
     __slots__ = (
         "_asker",
-        "_connection",
         "_header_text",
         "_interim",
         "_keep",
+        "_let_go",
         "_loop",
         "_message",
         "_mono",
@@ -120,9 +118,10 @@ class Line(asyncio.Protocol):
 
     def __init__(
         self,
-        connection: Connection,
+        transport: asyncio.Transport,
         origin: str,
         *,
+        let_go: Callable[[], None],
         mono: Callable[[], float],
         talking: set[Line],
         keep: Callable[[Line], None],
@@ -130,10 +129,9 @@ class Line(asyncio.Protocol):
         """
         Take over a connection that was just opened.
 
-        ``talking`` holds the lines that are being asked; ``keep`` takes a line that may be asked again.
+        ``let_go`` ends it, for whoever opened it; ``talking`` holds the lines that are being asked; ``keep`` takes a line that may be asked again.
         """
-        transport: asyncio.Transport = connection.transport  # type: ignore[assignment]
-        self._connection = connection
+        self._let_go = let_go
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._mono = mono
@@ -201,10 +199,7 @@ class Line(asyncio.Protocol):
         """End it without a word; nobody is told."""
         self._asker = None
         self._talking.discard(self)
-        handler = self._connection.protocol
-        if handler is not None:
-            handler.abort()  # and it lets go of the transport, which must not be closed once more
-        self._connection.close()
+        self._let_go()
 
     # What the event loop says.
 
@@ -242,7 +237,7 @@ class Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         if self._asker is None:
-            self._connection.close()
+            self._let_go()
         elif self._message is not None:
             try:
                 self._parser.feed_eof()

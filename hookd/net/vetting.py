@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hookd.core.urls import UrlProblem, parse_url
+from hookd.net.tunnel import ByProxy
 
 if TYPE_CHECKING:
     from hookd.core.urls import Target
@@ -25,7 +26,7 @@ class Vetted:
     """For the operator only."""
 
 
-async def vet(url: str, resolver: Resolver, *, https_only: bool) -> Vetted:
+async def vet(url: str, resolver: Resolver | ByProxy, *, https_only: bool) -> Vetted:
     """
     Judge a URL.
 
@@ -35,6 +36,10 @@ async def vet(url: str, resolver: Resolver, *, https_only: bool) -> Vetted:
     target = parse_url(url, https_only=https_only)
     if isinstance(target, UrlProblem):
         return Vetted(allowed=False, reason=target.reason)
+    if isinstance(resolver, ByProxy):
+        return Vetted(
+            allowed=True, target=target, reason="the egress proxy resolves it, and judges its addresses"
+        )
     found = await resolver.resolve(target.host)
     if found.blocked:
         return Vetted(allowed=False, target=target, reason=found.problem, detail=found.detail)
