@@ -42,8 +42,4 @@ class SystemDice:
     """Draws for jitter; nothing secret depends on them."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self._random = random.Random(seed)  # noqa: S311 - jitter is no secret
-
-    def draw(self) -> float:
-        """A number in [0, 1)."""
-        return self._random.random()
+        self.draw = random.Random(seed).random  # noqa: S311 - jitter is no secret
