@@ -31,6 +31,7 @@ from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
 from hookd.core.model import BodyFormat, VerdictKind
+from hookd.core.shares import Plan, plan, share
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
 from hookd.logs import Throttle
@@ -52,8 +53,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("hookd")
 
-LOCK_EVERY_S = 0.2
-"""How often free shards are looked for, and the session is asked for a sign of life."""
+LOOK_S = 0.15
+"""How often the locks are looked at while there are other daemons: so soon a dead one's shards are found free."""
+
+LOOK_ALONE_S = 0.5
+"""The same for a daemon without others: so soon a new one is noticed."""
 
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 5.0
@@ -238,7 +242,8 @@ class Daemon:
             stack.push_async_callback(queue.close)
             maintenance = Maintenance(await self._database.connect("upkeep"))
             stack.push_async_callback(maintenance.close)
-            await owner.acquire()
+            await owner.join()
+            await owner.acquire(plan(await owner.look(), (), (), ()).take)
             await self.recorder.run(owner, None, until_empty=True)
             feed = Feed(
                 queue,
@@ -260,7 +265,8 @@ class Daemon:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(feed.run())
                     group.create_task(self.recorder.run(owner, feed))
-                    group.create_task(self._keep_locks(owner, feed))
+                    group.create_task(self._keep_share(owner, feed))
+                    group.create_task(self._vouch(owner))
                     group.create_task(self._watch(owner.lost, queue.lost))
                     group.create_task(self._announce(owner, feed))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
@@ -271,14 +277,51 @@ class Daemon:
             finally:
                 self.tenure = None
 
-    async def _keep_locks(self, owner: OwnerSession, feed: Feed) -> None:
+    async def _keep_share(self, owner: OwnerSession, feed: Feed) -> None:
+        """Divide the shards with the other daemons: leave what is too much, take what is missing."""
+        leaving: set[int] = set()
+        alone = resigned = False
         while True:
-            await asyncio.sleep(LOCK_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
-            if not owner.owns_all and not self._stop.is_set():
-                gained = await owner.acquire()
+            pause = LOOK_ALONE_S if alone and not leaving else LOOK_S
+            await asyncio.sleep(pause * (0.9 + 0.2 * self._dice.draw()))
+            if self._stop.is_set():
+                if not resigned:
+                    resigned = True
+                    await owner.resign()
+                todo = Plan(leave=tuple(owner.shards - leaving))
+            else:
+                view = await owner.look()
+                alone = len(view.members) == 1
+                todo = plan(view, owner.shards, leaving, self._idlest(owner, share(view)))
+            if todo.leave:
+                feed.leave(todo.leave)
+                leaving.update(todo.leave)
+            if todo.stay:
+                leaving.difference_update(todo.stay)
+                feed.own(todo.stay)
+            idle = {s for s in leaving if feed.has_left(s)}
+            if idle:
+                idle -= self.dispatcher.busy_shards().keys()
+            if idle:
+                leaving -= idle
+                await owner.release(idle)
+                log.info("shards handed over", count=len(idle), owned=len(owner.shards))
+            if todo.take:
+                gained = await owner.acquire(todo.take)
                 if gained:
                     log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
                     feed.own(gained)
+
+    def _idlest(self, owner: OwnerSession, share: int) -> list[int]:
+        """The shards that are owned, those with the least to do first; in any order if none has to be left."""
+        if len(owner.shards) <= share:
+            return list(owner.shards)
+        busy = self.dispatcher.busy_shards()
+        return sorted(owner.shards, key=lambda shard: (busy[shard], shard))
+
+    async def _vouch(self, owner: OwnerSession) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
             await owner.probe()
             held_back = self._throttle.taken()
             if held_back:
@@ -296,7 +339,7 @@ class Daemon:
 
     async def _announce(self, owner: OwnerSession, feed: Feed) -> None:
         if not owner.shards:
-            log.info("standing by: another daemon owns all shards")
+            log.info("standing by: others own all shards")
         else:
             await feed.recovered.wait()
         self.ready.set()

@@ -256,6 +256,23 @@ class Dispatcher:
         """Deliveries whose exchange is under way."""
         return [delivery for delivery, _ in self._in_flight.values()]
 
+    def busy_shards(self) -> Counter[int]:
+        """
+        Deliveries of each shard that are in memory: waiting, in flight, held, or not written yet.
+
+        While stopping only those in flight or not written: the others are not started any more.
+        """
+        busy = Counter(delivery.shard for delivery, _ in self._in_flight.values())
+        busy.update(delivery.shard for delivery in self._recorder.unwritten())
+        if self.stopping:
+            return busy
+        busy.update(delivery.shard for delivery, _ in self._held.values())
+        for endpoint in self._endpoints.values():
+            waiting = self._lanes.waiting(endpoint.key)
+            if waiting:
+                busy[endpoint.shard] += waiting
+        return busy
+
     def forget_all(self) -> None:
         """The session is lost: let go of everything that is not in flight."""
         for key in list(self._endpoints):

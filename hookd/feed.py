@@ -200,6 +200,8 @@ class Feed:
         """A newer one waits in the queue until the one under way has ended."""
         self._states_ended: dict[tuple[EndpointKey, str], None] = {}
         self._unread_shards: set[int] = set()
+        self._left_shards: set[int] = set()
+        """To be let go of at the next turn."""
         self._events: WeakValueDictionary[UUID, Event] = WeakValueDictionary()
         self._since: Snapshot | None = None
         self._endpoints_since: Snapshot | None = None
@@ -243,6 +245,16 @@ class Feed:
         self._unread_shards.update(shards)
         self._wake.set()
 
+    def leave(self, shards: Iterable[int]) -> None:
+        """Let go of what waits for these shards, and read nothing more of them."""
+        self._left_shards.update(shards)
+        self._unread_shards.difference_update(shards)
+        self._wake.set()
+
+    def has_left(self, shard: int) -> bool:
+        """Whether nothing of a shard can get into memory any more."""
+        return not (shard in self.shards or shard in self._unread_shards or shard in self._left_shards)
+
     def stop(self) -> None:
         """Read no more."""
         self._stopping = True
@@ -284,8 +296,7 @@ class Feed:
         brought: deque[float] = deque([0.0] * BUSY_READS, maxlen=BUSY_READS)
         while not self._stopping:
             self._wake.clear()
-            if self._unread_shards:
-                await self._recover()
+            if await self._change_shards():
                 horizon, asleep = self._since, True
             if self._since is None:
                 await self._rest(SLEEP_POLL_S)
@@ -316,6 +327,7 @@ class Feed:
                 horizon = None
             # without a horizon that has passed, a transaction that looked at the flag too early may still commit
             await self._rest(SLEEP_POLL_S if asleep and horizon is None else PAUSE_S)
+        self.shards, self._unread_shards, self._left_shards = set(), set(), set()
 
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
@@ -346,6 +358,15 @@ class Feed:
             pass
 
     # Recovery.
+
+    async def _change_shards(self) -> bool:
+        """Let go of shards, and recover others; whether there were any of these."""
+        if self._left_shards:
+            self._leave_now()
+        if not self._unread_shards:
+            return False
+        await self._recover()
+        return True
 
     async def _recover(self) -> None:
         gained, self._unread_shards = self._unread_shards, set()
@@ -381,6 +402,24 @@ class Feed:
         if self.shards.intersection(endpoint.former_shards):
             moved.add(key)
         return False
+
+    def _leave_now(self) -> None:
+        left, self._left_shards = self._left_shards, set()
+        self.shards -= left
+        for key, endpoint in self._endpoints.items():
+            if endpoint.shard not in left:
+                continue
+            for delivery in self._line.withdraw(key):
+                self._forget(delivery)
+            self._backlogs.pop(key, None)
+            self._hungry.pop(key, None)
+            self._due_now.pop(key, None)
+            self._full.discard(key)
+
+    def _mine(self, key: EndpointKey) -> bool:
+        """Whether an endpoint is (still) in a shard that is read."""
+        endpoint = self._line.served(key)
+        return endpoint is None or endpoint.shard in self.shards
 
     # Endpoints.
 
@@ -452,7 +491,9 @@ class Feed:
             if self._line.served(key) is None:
                 # deleted behind our back: its deliveries end as cancelled
                 self._serve(
-                    Endpoint(key, UUID(int=0), "", "", "", min(self.shards), state=EndpointState.REMOVED)
+                    Endpoint(
+                        key, UUID(int=0), "", "", "", min(self.shards, default=0), state=EndpointState.REMOVED
+                    )
                 )
 
     def _over(self, key: EndpointKey) -> bool:
@@ -603,14 +644,14 @@ class Feed:
         now = self.db_now()
         while self._dues and self._dues[0][0] <= now:
             due_at, key = heapq.heappop(self._dues)
-            if self._backlog(key).next_due == due_at:
+            if self._backlog(key).next_due == due_at and self._mine(key):
                 self._fell_due(key)
         if self._line.backed_up():
             return []
         demands: list[tuple[EndpointKey, datetime.datetime, int, int, bool]] = []
         total = 0
         for key in list(self._due_now):
-            if self._state(key) is EndpointState.PAUSED:
+            if self._state(key) is EndpointState.PAUSED or not self._mine(key):
                 del self._due_now[key]
                 continue
             del self._due_now[key]
@@ -652,7 +693,7 @@ class Feed:
         total = 0
         for key in list(self._hungry):
             place = self._backlog(key).place
-            if place is None or self._state(key) is EndpointState.PAUSED:
+            if place is None or self._state(key) is EndpointState.PAUSED or not self._mine(key):
                 del self._hungry[key]
                 continue
             want = self._ask(key)

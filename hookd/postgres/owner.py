@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
+from hookd.core.shares import View
 from hookd.postgres.connect import unavailable
 
 if TYPE_CHECKING:
@@ -40,11 +41,26 @@ TRUST_S = 2.0
 
 STATEMENT_TIMEOUT_S = 30.0
 
-LOCK_SHARDS = """
-select id, pg_try_advisory_lock($2, id) as locked
-  from hookd.shard
- where id <> all($1::smallint[])
+MEMBER_LOCK_CLASS = SHARD_LOCK_CLASS + 1
+"""Of the lock that every daemon shares, so that they find each other."""
+
+JOIN = "select pg_advisory_lock_shared($1, 0)"
+
+RESIGN = "select pg_advisory_unlock_shared($1, 0)"
+
+SHARDS = "select id from hookd.shard order by id"
+
+# Who is there and who owns what is written nowhere: a lock is gone the moment its session is.
+LOOK = """
+select pid, classid::bigint = $2 as member, objid::integer as shard
+  from pg_locks
+ where locktype = 'advisory' and granted and classid::bigint in ($1, $2) and objsubid = 2
+   and database = (select oid from pg_database where datname = current_database())
 """
+
+LOCK_SHARDS = "select id, pg_try_advisory_lock($2, id) as locked from unnest($1::integer[]) as s (id)"
+
+UNLOCK_SHARDS = "select pg_advisory_unlock($2, id) from unnest($1::integer[]) as s (id)"
 
 SETTLE_FINAL = """
 delete from hookd.delivery d
@@ -143,7 +159,7 @@ class OwnerSession:
         self._clock = clock
         self._turn = asyncio.Lock()
         self.shards: set[int] = set()
-        self.owns_all = False
+        self._all: tuple[int, ...] = ()
         self.answered_mono = clock.mono()
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
@@ -169,17 +185,41 @@ class OwnerSession:
         """Whether the locks can still be taken for held (rule 2)."""
         return now_mono - self.answered_mono < TRUST_S and not self.lost.is_set()
 
-    async def acquire(self) -> set[int]:
+    async def join(self) -> None:
+        """Let the other daemons know that this one is there."""
+        await self._run(self._connection.execute, JOIN, MEMBER_LOCK_CLASS)
+        self._all = tuple([row["id"] for row in await self._run(self._connection.fetch, SHARDS)])
+
+    async def resign(self) -> None:
+        """This one is going: the others need not leave it a share."""
+        await self._run(self._connection.execute, RESIGN, MEMBER_LOCK_CLASS)
+
+    async def look(self) -> View:
+        """Who is there, and who owns what."""
+        rows = await self._run(self._connection.fetch, LOOK, SHARD_LOCK_CLASS, MEMBER_LOCK_CLASS)
+        me = self.backend
+        return View(
+            members=tuple(sorted(row["pid"] for row in rows if row["member"])),
+            me=me,
+            shards=self._all,
+            taken=frozenset(row["shard"] for row in rows if not row["member"] and row["pid"] != me),
+        )
+
+    async def acquire(self, shards: Sequence[int]) -> set[int]:
         """
-        Take the locks of shards that nobody holds; returns the new ones.
+        Try to take the locks of these; returns those that were had.
 
         Tried, not waited for: a lock request that waits would stall settling.
         """
-        rows = await self._run(self._connection.fetch, LOCK_SHARDS, list(self.shards), SHARD_LOCK_CLASS)
+        rows = await self._run(self._connection.fetch, LOCK_SHARDS, list(shards), SHARD_LOCK_CLASS)
         gained = {row["id"] for row in rows if row["locked"]}
-        self.owns_all = len(gained) == len(rows)
         self.shards |= gained
         return gained
+
+    async def release(self, shards: set[int]) -> None:
+        """Give these up: nothing of theirs is under way or unwritten."""
+        self.shards -= shards
+        await self._run(self._connection.execute, UNLOCK_SHARDS, list(shards), SHARD_LOCK_CLASS)
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, if it gave none of late."""
