@@ -1,0 +1,165 @@
+"""Several daemons on one database: they divide the shards, hand them over, and take over what a dead one owned."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from tests.daemon.test_limits import Timed, worst_window
+from tests.producing import add_endpoint, fetch, wait_empty
+from tests.receiver import OK, Receiver
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tests.daemon_process import DaemonProcess
+    from tests.receiver import Call
+
+OWNED = """
+select pid, count(*)::integer as shards from pg_locks
+ where locktype = 'advisory' and classid = 1752133483 and granted
+   and database = (select oid from pg_database where datname = current_database())
+ group by pid
+"""
+
+
+async def wait_for_shares(dsn: str, shares: list[int]) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        async with asyncio.timeout(20):
+            while sorted(row["shards"] for row in await connection.fetch(OWNED)) != shares:
+                await asyncio.sleep(0.02)
+    finally:
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def hosts(dsn: str, count: int, handle: Any = None) -> AsyncIterator[list[Receiver]]:
+    async with contextlib.AsyncExitStack() as stack:
+        receivers = [await stack.enter_async_context(Receiver(handle)) for _ in range(count)]
+        for receiver in receivers:
+            await add_endpoint(dsn, receiver.url)
+        yield receivers
+
+
+async def produce(dsn: str, seconds: float, inserted: list[str]) -> None:
+    """Twenty events every 20 ms."""
+    connection = await asyncpg.connect(dsn)
+    until = time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            rows = await connection.fetch(
+                "insert into hookd.event (type, payload) select 'a.b', '{}' from generate_series(1, 20) returning id"
+            )
+            inserted += [str(row["id"]) for row in rows]
+            await asyncio.sleep(0.02)
+    finally:
+        await connection.close()
+
+
+def arrived(receivers: list[Receiver]) -> list[Counter[str]]:
+    return [Counter(call.event_id for call in receiver.calls) for receiver in receivers]
+
+
+def test_shards_are_divided_and_come_back(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    async def go() -> None:
+        first = start_daemon()
+        await wait_for_shares(dsn, [64])
+        second = start_daemon()
+        begun = time.monotonic()
+        await wait_for_shares(dsn, [32, 32])
+        assert time.monotonic() - begun < 5
+        third = start_daemon()
+        await wait_for_shares(dsn, [21, 21, 22])
+        async with hosts(dsn, 12) as receivers:
+            inserted: list[str] = []
+            await produce(dsn, 0.5, inserted)
+            await wait_empty(dsn)
+            assert arrived(receivers) == [Counter(inserted)] * 12
+        assert second.stop() == 0
+        await wait_for_shares(dsn, [32, 32])
+        third.process.send_signal(signal.SIGKILL)
+        third.process.wait()
+        await wait_for_shares(dsn, [64])
+        assert first.stop() == 0
+
+    asyncio.run(go())
+
+
+def test_coming_and_going_under_load_loses_and_doubles_nothing(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    async def slow(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)
+        writer.write(OK)
+
+    async def go() -> None:
+        start_daemon()
+        async with hosts(dsn, 12, slow) as receivers:
+            inserted: list[str] = []
+            producing = asyncio.create_task(produce(dsn, 5.0, inserted))
+            await asyncio.sleep(0.5)
+            second = await asyncio.to_thread(start_daemon)
+            await wait_for_shares(dsn, [32, 32])
+            third = await asyncio.to_thread(start_daemon)
+            await wait_for_shares(dsn, [21, 21, 22])
+            assert await asyncio.to_thread(second.stop) == 0
+            await wait_for_shares(dsn, [32, 32])
+            assert await asyncio.to_thread(third.stop) == 0
+            await wait_for_shares(dsn, [64])
+            await producing
+            await wait_empty(dsn, deadline_s=60)
+            assert arrived(receivers) == [Counter(inserted)] * 12, "each once"
+
+    asyncio.run(go())
+
+
+def test_what_a_killed_daemon_owned_goes_on(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    async def go() -> None:
+        start_daemon()
+        victim = start_daemon()
+        await wait_for_shares(dsn, [32, 32])
+        async with hosts(dsn, 12) as receivers:
+            inserted: list[str] = []
+            producing = asyncio.create_task(produce(dsn, 2.0, inserted))
+            await asyncio.sleep(0.7)
+            os.kill(victim.process.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            await asyncio.to_thread(victim.process.wait)
+            await wait_for_shares(dsn, [64])
+            taken_over = time.monotonic() - killed
+            await producing
+            await wait_empty(dsn, deadline_s=60)
+            for counter in arrived(receivers):
+                assert set(counter) == set(inserted), "nothing is lost"
+            assert taken_over < 3
+
+    asyncio.run(go())
+
+
+def test_a_hosts_limit_holds_over_all_daemons(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    async def go() -> None:
+        limits = {"HOOKD_LIMITS__RATE": "50", "HOOKD_LIMITS__BURST": "2"}
+        start_daemon(**limits)
+        start_daemon(**limits)
+        await wait_for_shares(dsn, [32, 32])
+        async with Timed() as receiver:
+            # four endpoints on one host have one owner
+            for _ in range(4):
+                await add_endpoint(dsn, receiver.url)
+            await fetch(
+                dsn, "insert into hookd.event (type, payload) select 'a.b', '{}' from generate_series(1, 25)"
+            )
+            await wait_empty(dsn, deadline_s=30)
+            assert len(receiver.times) == 100
+            assert worst_window(receiver.times, 50, 2) <= 50 * 0.2
+            assert 1.8 <= receiver.times[-1] - receiver.times[0] <= 5
+
+    asyncio.run(go())
