@@ -208,7 +208,6 @@ def _print(
     fields = plain(record)
     for name in ("key", "host", "shard"):
         fields.pop(name)
-    fields["secrets"] = f"{record.secrets} ({record.key_type})" if record.key_type else None
     print_fields(fields | {"header_names": record.header_names, "types": record.types})
     if note:
         click.echo(note)

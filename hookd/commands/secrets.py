@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,6 +47,7 @@ def new_key(invocation: Invocation, file: str) -> None:
         keyring = add_key(file, os.urandom(KEY_BYTES))
     except KeyFileProblem as problem:
         raise Failed(str(problem)) from None
+    file = str(Path(file).absolute())
     older = [key.id for key in keyring.keys[1:]]
     if invocation.json:
         print_json({"file": file, "key": keyring.newest, "older": older})
