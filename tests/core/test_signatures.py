@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import datetime
+import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import nacl.exceptions
 import nacl.signing
@@ -162,3 +165,44 @@ def test_a_given_secret_is_taken_and_its_type_must_fit() -> None:
     assert chosen_secret("ed25519", None, b"s" * 32).reveal().startswith("whsk_")
     with pytest.raises(ValueError, match="of type ed25519, and hmac was asked for"):
         chosen_secret("hmac", PRIVATE, b"")
+
+
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "receiving.md"
+
+
+def snippet(language: str, name: str) -> str:
+    """The code of docs/receiving.md that defines something."""
+    blocks = DOCUMENTED.read_text(encoding="utf-8").split("```")[1::2]
+    return next(b.partition("\n")[2] for b in blocks if b.startswith(language) and name in b)
+
+
+def test_the_documented_python_checks_ours() -> None:
+    place: dict[str, Any] = {}
+    exec(snippet("python", "def verify_v1a"), place)  # what people will copy
+    secret = new_secret(os.urandom(32), "ed25519")
+    now = int(datetime.datetime.now(datetime.UTC).timestamp())
+    both = [parse_secret(new_secret(os.urandom(32)).reveal()), parse_secret(secret.reveal())]
+    signed = headers(sign(both, ID, now, BODY), at=now)
+    assert place["verify_v1a"](public_key(secret), signed, BODY) is True
+    assert place["verify_v1a"](public_key(secret), signed, BODY + b" ") is False
+    assert place["verify_v1a"](PUBLIC, signed, BODY) is False
+    assert place["verify_v1a"](PUBLIC, headers(PRIVATE_SIGNATURE), BODY) is False  # years old
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not on PATH")
+def test_the_documented_javascript_checks_ours(tmp_path: Path) -> None:
+    secret = new_secret(os.urandom(32), "ed25519")
+    now = int(datetime.datetime.now(datetime.UTC).timestamp())
+    signed = headers(sign([parse_secret(secret.reveal())], ID, now, BODY), at=now)
+    (tmp_path / "check.mjs").write_text(
+        snippet("javascript", "function verifyV1a")
+        + f"""
+const headers = {json.dumps(signed)}
+const body = Buffer.from({json.dumps(BODY.decode())})
+console.log(verifyV1a("{public_key(secret)}", headers, body), verifyV1a("{PUBLIC}", headers, body))
+"""
+    )
+    done = subprocess.run(
+        ["node", str(tmp_path / "check.mjs")], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "true false\n"
