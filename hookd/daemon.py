@@ -325,8 +325,9 @@ class Daemon:
             self.keyring = keyring
             self._unreadable_said.clear()
             log.info("master keys changed", keys=[key.id for key in keyring.keys])
+            if self.tenure is not None:
+                self.tenure.feed.reread_endpoints()
         if self.tenure is not None:
-            self.tenure.feed.reread_endpoints()
             self._telling = asyncio.create_task(self._tell_settings(self.tenure.maintenance))
         rules = self._address_rules()
         if rules != self.rules:

@@ -203,6 +203,7 @@ def test_a_bad_key_file_changes_nothing_and_is_refused_at_start(
     said = daemon.wait_for("configuration not applied")
     assert "chmod 600" in said["mistakes"][0]
     assert "chmod 600" in cli.fails(2, "run", **with_key)
+    assert "chmod 600" in cli.fails(2, "check-config", **with_key)
     assert "chmod 600" in cli.fails(2, "endpoint", "add", "http://127.0.0.1:9000/", **with_key)
     assert "chmod 600" in cli("doctor", **with_key).stdout
     assert stored(dsn) == []

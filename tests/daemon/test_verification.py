@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from hookd.core.challenge import TYPE, challenge_in
 from hookd.core.signing import verify
 from tests.cli import Cli
 from tests.daemon.test_api import Client
-from tests.producing import fetch, send, wait_empty
+from tests.producing import fetch, send, wait_empty, wait_for_row
 from tests.receiver import Receiver, answer
 
 if TYPE_CHECKING:
@@ -145,6 +146,18 @@ def test_what_comes_meanwhile_is_skipped_where_that_is_wanted(
             assert events(receiver) == [sent]
 
     asyncio.run(go())
+
+
+def test_what_becomes_of_them_can_be_changed_on_the_way(
+    dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    (tmp_path / "config.toml").write_text('[security]\nunverified = "wait"\n')
+    daemon = start_daemon()
+    (tmp_path / "config.toml").write_text('[security]\nunverified = "skip"\n')
+    daemon.signal(signal.SIGHUP)
+    asyncio.run(
+        wait_for_row(dsn, "select from hookd.setting where name = 'security.unverified' and value = 'skip'")
+    )
 
 
 def test_a_new_url_has_to_answer_for_itself(

@@ -11,6 +11,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from hookd.postgres import registry
 from tests.conftest import run_sql
 from tests.producing import add_endpoint, fetch, send, wait_empty
 from tests.receiver import Receiver
@@ -121,6 +122,8 @@ def test_a_reader_sees_what_may_be_shown_of_a_secret(filled: str) -> None:
         await connection.execute("set role hookd_reader")
         rows = await connection.fetch("select purpose, shown from hookd.endpoint_secret order by id")
         assert [tuple(r) for r in rows] == [("signing", None), ("headers", ["authorization"])]
+        (record,) = await registry.listing(connection)
+        assert (record.header_names, record.key_type, record.secrets) == (["authorization"], "hmac", 1)
         await connection.close()
 
     asyncio.run(go())
