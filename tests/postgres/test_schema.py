@@ -62,7 +62,7 @@ def test_what_was_registered_before_headers_could_be_sealed_keeps_their_names(em
                select e.key, v.purpose, v.value from e,
                       (values ('signing', 'whsec_x'), ('headers', '{"x-b": "2", "x-a": "1"}')) as v (purpose, value)"""
         )
-        assert [m.version for m in await migrate(connection)][0] == 6
+        assert min(m.version for m in await migrate(connection)) == 6
         (record,) = await registry.listing(connection)
         assert (record.header_names, record.key_type, record.public_keys) == (["x-a", "x-b"], "hmac", [])
         await connection.close()
