@@ -104,6 +104,7 @@ class SecurityConfig(msgspec.Struct, frozen=True):
 
     master_key_file: str = ""
     require_verification: bool = False
+    unverified: Literal["wait", "skip"] = "wait"
 
 
 class AdminConfig(msgspec.Struct, frozen=True):
@@ -172,14 +173,8 @@ class Config(msgspec.Struct, frozen=True):
 
 SECTIONS: dict[str, type[msgspec.Struct]] = get_type_hints(Config)
 
-RELOADABLE = ("delivery", "retry", "limits", "network", "retention", "log")
+RELOADABLE = ("delivery", "retry", "limits", "network", "security", "retention", "log")
 """Sections that SIGHUP applies; the others need a restart."""
-
-LATER = {
-    "security.master_key_file": "encryption of secrets at rest is not built yet",
-    "security.require_verification": "verification of endpoints is not built yet",
-}
-"""Keys that this version knows and cannot honour: refused, because to ignore them would be a false promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,10 +452,6 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
     yield from _bad_network(config.network)
     yield from _bad_delivery(config.delivery)
     yield from _bad_admin(config)
-    for path, why in LATER.items():
-        section, key = path.split(".")
-        if getattr(getattr(config, section), key):
-            yield path, f"{why}; leave it out"
     if len(config.retry.schedule) > 100:
         yield "retry.schedule", "more than 100 retries"
     for host in config.limits.hosts:
@@ -469,14 +460,24 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
                 f'limits.hosts."{host}"',
                 'write a host, a host and port, or a pattern such as "*.example.com"',
             )
-    for path in ("database.password_file", "network.ca_file", "admin.token_file"):
-        section, key = path.split(".")
-        name = getattr(getattr(config, section), key)
-        if name and not Path(name).is_file():
-            yield path, f"there is no file {name}"
+    yield from _missing_files(config)
     dsn = config.database.dsn
     if dsn != "embedded" and not dsn.startswith(("postgresql://", "postgres://")):
         yield "database.dsn", 'write "embedded" or a URI such as "postgresql://user@host:5432/name"'
+
+
+def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
+    for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
+        section, key = path.split(".")
+        name = getattr(getattr(config, section), key)
+        if not name or Path(name).is_file():
+            continue
+        if path == "network.ca_file":
+            yield path, f"there is no file {name}"
+        else:
+            # not repeated: it may be the secret itself, written where its file's name belongs
+            hint = "; `hookd secrets new-key FILE` makes one" if path == "security.master_key_file" else ""
+            yield path, f"there is no such file; write the path of a file that holds the secret{hint}"
 
 
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ import gc
 import signal
 import socket
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -34,6 +35,7 @@ from hookd.core.model import BodyFormat, VerdictKind
 from hookd.core.shares import Plan, plan, share
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
+from hookd.keyfile import KeyFileProblem, read_keyring
 from hookd.logs import Throttle
 from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
@@ -44,12 +46,15 @@ from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
 from hookd.upkeep import Retention, keep_up, measure, publish
+from hookd.verification import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from uuid import UUID
 
     from hookd.config import Config
-    from hookd.core.model import Delivery, Result
+    from hookd.core.challenge import Verification
+    from hookd.core.model import Delivery, Endpoint, Result
 
 log = structlog.get_logger("hookd")
 
@@ -67,6 +72,9 @@ READ_AHEAD = 4
 
 LANES_SHOWN = 100
 """In the summary that ``status`` and ``explain`` read: the lanes in trouble, and those with most waiting."""
+
+UNREADABLE_SHOWN = 100
+"""In the same summary: endpoints whose secrets cannot be read."""
 
 IDS_SHOWN = 500
 """Of deliveries in flight, for ``explain``; with more of them it concludes from the lane."""
@@ -93,8 +101,14 @@ class Daemon:
     """All parts of one process."""
 
     def __init__(self, config: Config, database: Database, reload: Callable[[], Config | None]) -> None:
-        """``reload`` reads the configuration again; None when it is bad, which it has said already."""
+        """
+        ``reload`` reads the configuration again; None when it is bad, which it has said already.
+
+        Raises:
+            KeyFileProblem: security.master_key_file cannot be used.
+        """
         self.config = config
+        self.keyring = read_keyring(config.security.master_key_file)
         self._database = database
         self._reload = reload
         self._clock = SystemClock()
@@ -112,6 +126,8 @@ class Daemon:
         self._thin_key = b""
         self._said_mono: dict[str, float] = {}
         """When a fault of ours was last spoken of; the faults are few."""
+        self._unreadable_said: set[str] = set()
+        self._telling: asyncio.Task[None] | None = None
         self.rules = self._address_rules()
         self.lanes = Lanes(
             config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
@@ -238,7 +254,7 @@ class Daemon:
             owner = OwnerSession(await self._database.connect("owner"), self._clock)
             stack.push_async_callback(owner.close)
             await owner.prepare()
-            queue = Queue(await self._database.connect("feed"))
+            queue = Queue(await self._database.connect("feed"), lambda: self.keyring)
             stack.push_async_callback(queue.close)
             maintenance = Maintenance(await self._database.connect("upkeep"))
             stack.push_async_callback(maintenance.close)
@@ -323,6 +339,7 @@ class Daemon:
         while True:
             await asyncio.sleep(LOOK_S)
             await owner.probe()
+            self._say_unreadable()
             held_back = self._throttle.taken()
             if held_back:
                 log.info("more failed attempts, not listed", count=held_back)
@@ -352,7 +369,21 @@ class Daemon:
         self.reload_ok = config is not None
         if config is None:
             return
+        try:
+            keyring = read_keyring(config.security.master_key_file)
+        except KeyFileProblem as problem:
+            self.reload_ok = False
+            log.error("configuration not applied: the old one stays", mistakes=[f"security.master_key_file: {problem}"])  # fmt: skip
+            return
         self.config = config
+        if keyring != self.keyring:
+            self.keyring = keyring
+            self._unreadable_said.clear()
+            log.info("master keys changed", keys=[key.id for key in keyring.keys])
+            if self.tenure is not None:
+                self.tenure.feed.reread_endpoints()
+        if self.tenure is not None:
+            self._telling = asyncio.create_task(self._tell_settings(self.tenure.maintenance))
         rules = self._address_rules()
         if rules != self.rules:
             self.rules = rules
@@ -366,6 +397,10 @@ class Daemon:
         )
         self.dispatcher.renew(config.retry_policy(), config.delivery.max_in_flight)
         log.info("configuration applied")
+
+    async def _tell_settings(self, maintenance: Maintenance) -> None:
+        with contextlib.suppress(DatabaseUnavailable):  # the next tenure tells them
+            await maintenance.set(self._settings())
 
     def wire(self) -> Wire:
         """What all requests have in common."""
@@ -412,7 +447,16 @@ class Daemon:
         return {
             "retention.events": str(self.config.retention.events),
             "delivery.format": self.config.delivery.format,
+            "security.unverified": self.config.security.unverified,
         }
+
+    async def ask(self, endpoint: Endpoint) -> Verification:
+        """Ask an endpoint whether it wants to be called."""
+        return await ask(endpoint, self.exchange, self.wire(), self._clock.wall())
+
+    def unreadable(self) -> dict[UUID, str]:
+        """Endpoints whose secrets cannot be read, and why: their deliveries wait."""
+        return self.tenure.queue.unreadable if self.tenure is not None else {}
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
@@ -437,12 +481,25 @@ class Daemon:
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),
                 "stalled": self.dispatcher.stalled(),
+                "unreadable": {str(i): why for i, why in islice(self.unreadable().items(), UNREADABLE_SHOWN)},
                 "verdicts": self.dispatcher.counts.verdicts,
                 "at": self._clock.wall(),
             }
         ).decode()
 
     # What the parts report.
+
+    def _say_unreadable(self) -> None:
+        """One line a reason: with one key gone it is the same for all endpoints."""
+        for reason in {*self.unreadable().values()} - self._unreadable_said:
+            self._unreadable_said.add(reason)
+            concerned = [str(i) for i, why in self.unreadable().items() if why == reason]
+            log.error(
+                "secrets of endpoints cannot be read: their deliveries wait",
+                reason=reason,
+                endpoints=len(concerned),
+                endpoint_ids=concerned[:10],
+            )
 
     def _measured(self, depth: dict[str, float]) -> None:
         self.depth = depth

@@ -210,6 +210,7 @@ class Feed:
         """The database's clock minus our monotonic one."""
         self._wake = asyncio.Event()
         self._endpoints_asked = False
+        self._all_endpoints_asked = False
         self._stopping = False
         self.recovered = asyncio.Event()
         self.arrived = 0
@@ -231,6 +232,11 @@ class Feed:
         """A notification came: of an arrival (empty) or of a changed endpoint (``endpoint``)."""
         if payload == "endpoint":
             self._endpoints_asked = True
+        self._wake.set()
+
+    def reread_endpoints(self) -> None:
+        """Something that is not in their rows has changed what endpoints are: read all of them again."""
+        self._endpoints_asked = self._all_endpoints_asked = True
         self._wake.set()
 
     def room(self, started: Iterable[Delivery]) -> None:
@@ -434,6 +440,9 @@ class Feed:
             due.append(heapq.heappop(self._rotations)[1])
         if due:
             changed += await self._reads.endpoints(due)
+        if self._all_endpoints_asked:
+            self._all_endpoints_asked = False
+            changed += await self._reads.endpoints_of(self.shards)
         for endpoint in changed:
             await self._endpoint_changed(endpoint)
 

@@ -66,6 +66,9 @@ class Telemetry:
         yield _gauges(
             "hookd_lanes", "Hosts with something waiting or in flight", "state", daemon.lane_states()
         )
+        yield _gauge(
+            "hookd_endpoints_unreadable", "Endpoints whose secrets cannot be decrypted", None, len(daemon.unreadable())
+        )  # fmt: skip
         recorder = daemon.recorder
         yield _histogram(
             "hookd_settle_batch_size", "Results of one settling transaction", recorder.batch_rows

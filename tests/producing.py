@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 
+from hookd.core.sealing import PLAIN, Keyring
 from hookd.core.signing import new_secret
 from hookd.core.urls import Target, parse_url
 from hookd.postgres import registry
@@ -21,7 +22,7 @@ async def add_endpoint(dsn: str, url: str, *, tenant: str = "default", **change:
 
 
 async def add_endpoint_with_id(
-    dsn: str, url: str, *, tenant: str = "default", **change: Any
+    dsn: str, url: str, *, tenant: str = "default", keyring: Keyring = PLAIN, **change: Any
 ) -> tuple[str, Any]:
     target = parse_url(url)
     assert isinstance(target, Target), target
@@ -29,7 +30,11 @@ async def add_endpoint_with_id(
     connection = await asyncpg.connect(dsn)
     try:
         record = await registry.add(
-            connection, tenant, EndpointChange(url=target.url, host=target.lane, **change), secret
+            connection,
+            tenant,
+            EndpointChange(url=target.url, host=target.lane, **change),
+            secret,
+            keyring=keyring,
         )
     finally:
         await connection.close()

@@ -16,11 +16,13 @@ FLOORS = {
     "hookd.net": 2,
     "hookd.clock": 2,
     "hookd.config": 2,
+    "hookd.keyfile": 2,
     "hookd.feed": 3,
     "hookd.pacing": 2,
     "hookd.recorder": 3,
     "hookd.dispatcher": 3,
     "hookd.upkeep": 3,
+    "hookd.verification": 3,
     "hookd.logs": 4,
     "hookd.telemetry": 4,
     "hookd.daemon": 4,
@@ -33,12 +35,14 @@ FLOORS = {
 MODULES = sorted(ROOT.rglob("*.py"))
 
 CORE_MAY_IMPORT = {
-    "__future__", "base64", "binascii", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
+    "__future__", "base64", "binascii", "bisect", "collections", "cryptography", "dataclasses", "datetime", "enum", "functools",
+    "hashlib", "heapq",
     "hmac", "idna", "ipaddress", "itertools", "json", "re", "typing", "urllib", "uuid",
 }  # fmt: skip
 
 ONLY_IN = {
     "asyncpg": ("hookd.postgres", "hookd.admin", "hookd.commands"),
+    "cryptography": ("hookd.core",),
     "aiodns": ("hookd.net",),
     "pycares": ("hookd.net",),
     "aiohttp": ("hookd.net", "hookd.admin"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -19,9 +19,11 @@ from msgspec import UNSET, UnsetType
 
 from hookd.config import duration
 from hookd.core.headers import check_headers
-from hookd.core.signing import new_secret
+from hookd.core.model import EndpointKey
+from hookd.core.signing import chosen_secret
 from hookd.net.vetting import vet
 from hookd.postgres import history, registry
+from hookd.postgres.queue import Queue
 from hookd.postgres.registry import EndpointChange, NotPossible
 from hookd.postgres.status import status
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     import asyncpg
 
+    from hookd.core.model import Secret
+    from hookd.core.signing import KeyType
     from hookd.core.urls import Target
     from hookd.daemon import Daemon
     from hookd.postgres.registry import EndpointRecord
@@ -58,6 +62,8 @@ class NewEndpoint(msgspec.Struct, forbid_unknown_fields=True):
     concurrency: int | None = None
     description: str | None = None
     headers: dict[str, str] | None = None
+    key_type: Literal["hmac", "ed25519"] | None = None
+    secret: str | None = None
 
 
 class EndpointPatch(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,6 +90,8 @@ class Rotate(msgspec.Struct, forbid_unknown_fields=True):
     """The body of ``POST /endpoints/ID/rotate``."""
 
     overlap: str = "1d"
+    key_type: Literal["hmac", "ed25519"] | None = None
+    secret: str | None = None
 
 
 class Pause(msgspec.Struct, forbid_unknown_fields=True):
@@ -139,6 +147,7 @@ class Api:
             ("POST", "/endpoints/{id}/pause", self.pause_endpoint),
             ("POST", "/endpoints/{id}/resume", self.resume_endpoint),
             ("POST", "/endpoints/{id}/rotate", self.rotate_endpoint),
+            ("POST", "/endpoints/{id}/verify", self.verify_endpoint),
             ("GET", "/events", self.list_events),
             ("GET", "/events/{id}", self.show_event),
             ("GET", "/deliveries", self.list_deliveries),
@@ -167,10 +176,14 @@ class Api:
         )
 
     async def add_endpoint(self, request: web.Request) -> web.Response:
-        """``POST /endpoints``: 201 with the endpoint and its secret, which is shown this once."""
+        """
+        ``POST /endpoints``: 201 with the endpoint and its secret, which is shown this once.
+
+        With security.require_verification the endpoint is asked first, and ``verification`` says what came of it.
+        """
         wanted = await _read(request, NewEndpoint)
         target = await self._judged(wanted.url)
-        secret = new_secret(secrets.token_bytes(32))
+        secret = _secret(wanted.key_type, wanted.secret)
         change = EndpointChange(
             url=target.url,
             host=target.lane,
@@ -184,8 +197,11 @@ class Api:
             headers=_headers(wanted.headers),
         )
         async with self._session() as connection:
-            record = await registry.add(connection, wanted.tenant, change, secret)
-        return answer(_shown(record) | {"secret": secret.reveal()}, 201)
+            record = await registry.add(
+                connection, wanted.tenant, change, secret,
+                keyring=self._daemon.keyring, verified=not self._daemon.config.security.require_verification,
+            )  # fmt: skip
+        return answer(await self._asked(record) | _shown_once(wanted.secret, secret), 201)
 
     async def show_endpoint(self, request: web.Request) -> web.Response:
         """``GET /endpoints/ID``."""
@@ -212,7 +228,11 @@ class Api:
         )
         async with self._session() as connection:
             record = await self._found(connection, request)
-            return answer(_shown(await registry.update(connection, record.id, change)))
+            record = await registry.update(
+                connection, record.id, change,
+                keyring=self._daemon.keyring, verified=not self._daemon.config.security.require_verification,
+            )  # fmt: skip
+        return answer(await self._asked(record) if target else _shown(record))
 
     async def remove_endpoint(self, request: web.Request) -> web.Response:
         """``DELETE /endpoints/ID``: 204."""
@@ -235,8 +255,11 @@ class Api:
             raise BadRequest(422, "missed", "missed is all, latest or none")
         async with self._session() as connection:
             record = await self._found(connection, request)
-            record, queued = await registry.resume(connection, record.id, wanted.missed)
-        return answer(_shown(record) | {"queued": queued})
+            required = self._daemon.config.security.require_verification
+            record, queued = await registry.resume(
+                connection, record.id, wanted.missed, require_verification=required
+            )
+        return answer(await self._asked(record) | {"queued": queued})
 
     async def rotate_endpoint(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/rotate`` with ``{"overlap": "1d"}``: a new secret, shown this once."""
@@ -245,11 +268,22 @@ class Api:
             overlap_s = duration(wanted.overlap)
         except ValueError as error:
             raise BadRequest(422, "overlap", str(error)) from None
-        secret = new_secret(secrets.token_bytes(32))
         async with self._session() as connection:
             record = await self._found(connection, request)
-            record = await registry.rotate(connection, record.id, secret, overlap_s)
-        return answer(_shown(record) | {"secret": secret.reveal()})
+            same = cast("KeyType | None", record.key_type)
+            secret = _secret(wanted.key_type or (None if wanted.secret else same), wanted.secret)
+            record = await registry.rotate(
+                connection, record.id, secret, overlap_s, keyring=self._daemon.keyring
+            )
+        return answer(_shown(record) | _shown_once(wanted.secret, secret))
+
+    async def verify_endpoint(self, request: web.Request) -> web.Response:
+        """``POST /endpoints/ID/verify``: ask it whether it wants to be called; ``verification`` says what came of it."""
+        async with self._session() as connection:
+            record = await self._found(connection, request)
+        if record.state == "removed":
+            raise BadRequest(422, "refused", f"endpoint {record.id} was removed")
+        return answer(await self._verified(record))
 
     # Events and deliveries.
 
@@ -332,6 +366,26 @@ class Api:
         async with self._pool.acquire() as connection:
             yield cast("asyncpg.Connection", connection)
 
+    async def _asked(self, record: EndpointRecord) -> dict[str, Any]:
+        """An endpoint as it is shown, after it was asked if it has to be."""
+        return await self._verified(record) if record.state == "unverified" else _shown(record)
+
+    async def _verified(self, record: EndpointRecord) -> dict[str, Any]:
+        """Ask it; no session is held meanwhile."""
+        async with self._session() as connection:
+            queue = Queue(connection, lambda: self._daemon.keyring)
+            found = await queue.endpoints([EndpointKey(record.key)])
+        if record.id in queue.unreadable or not found:
+            raise BadRequest(
+                503, "secrets", "the secrets of this endpoint cannot be read; the daemon's log says more"
+            )
+        said = await self._daemon.ask(found[0])
+        async with self._session() as connection:
+            record = await registry.note_verification(
+                connection, record.id, record.url, None if said.verified else said.reason
+            )
+        return _shown(record) | {"verification": {"verified": said.verified, "reason": said.reason or None}}
+
     async def _judged(self, url: str) -> Target:
         found = await vet(url, self._daemon.resolver, https_only=self._daemon.config.network.https_only)
         if not found.allowed or found.target is None:
@@ -375,6 +429,18 @@ def _headers(headers: dict[str, str] | None) -> dict[str, str] | None:
     if wrong is not None:
         raise BadRequest(422, "headers", wrong)
     return headers
+
+
+def _secret(kind: KeyType | None, given: str | None) -> Secret:
+    try:
+        return chosen_secret(kind, given, secrets.token_bytes(32))
+    except ValueError as error:
+        raise BadRequest(422, "secret", str(error)) from None
+
+
+def _shown_once(given: str | None, secret: Secret) -> dict[str, Any]:
+    """A secret that was made here; one that was given is known already."""
+    return {} if given is not None else {"secret": secret.reveal()}
 
 
 def _uuid(text: str) -> UUID:

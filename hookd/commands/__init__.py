@@ -23,6 +23,7 @@ COMMANDS = {
     "migrate": ("migrate", "migrate", "Bring the database's schema up to date"),
     "send": ("send", "send", "Send an event"),
     "endpoint": ("endpoint", "endpoint", "Register callback URLs and look after them"),
+    "secrets": ("secrets", "secrets", "Encrypt endpoint secrets at rest, change the master key"),
     "event": ("inspect", "event", "Find events and what became of them"),
     "attempts": ("inspect", "attempts", "Every attempt, with its answer and timing"),
     "explain": ("inspect", "explain", "Why an event or a delivery is where it is"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands.session import options, print_json
+from hookd.commands.session import keyring_of, options, print_json
 from hookd.config import SECTIONS, json_schema, load
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def check_config(invocation: Invocation) -> None:
     """Say whether the configuration is right; nothing is connected to.  `hookd doctor` looks further."""
     loaded = load(invocation.config_file)
+    keyring_of(loaded.config)
     if invocation.json:
         print_json({"valid": True, "file": loaded.file})
     else:

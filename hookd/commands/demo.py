@@ -95,7 +95,8 @@ async def _cast(
     connection: asyncpg.Connection, stack: contextlib.AsyncExitStack
 ) -> tuple[dict[Any, Part], list[tuple[float, Receiver, int]]]:
     """Start the receivers and register them; returns which endpoint is whose, and who comes back when, on which port."""
-    from hookd.core.signing import new_secret  # noqa: PLC0415 - not for --help
+    from hookd.core.sealing import PLAIN  # noqa: PLC0415 - not for --help
+    from hookd.core.signing import new_secret  # noqa: PLC0415
     from hookd.net.receiver import Manners, Receiver  # noqa: PLC0415
     from hookd.postgres import registry  # noqa: PLC0415
 
@@ -115,7 +116,7 @@ async def _cast(
             stack.push_async_callback(receiver.stop)
         host = f"127.0.0.1:{port}"
         change = registry.EndpointChange(url=f"http://{host}/{part.name}", host=host)
-        record = await registry.add(connection, "default", change, secret)
+        record = await registry.add(connection, "default", change, secret, keyring=PLAIN)
         names[record.id] = part
     return names, away
 

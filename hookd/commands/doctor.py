@@ -27,6 +27,8 @@ ROLES = ("hookd_producer", "hookd_daemon", "hookd_reader")
 CLOCK_MOST_S = 2.0
 """Receivers tolerate 300 s; more than this between two machines is a clock that nobody sets."""
 
+UP_TO_DATE = "up to date"
+
 SERVER = """
 select current_setting('server_version') as version, current_user as role, pg_is_in_recovery() as standby,
        extract(epoch from clock_timestamp())::double precision as now, current_setting('max_connections')::integer as most,
@@ -107,7 +109,11 @@ async def _database(database: Database, config: Config) -> list[Finding]:
         return [Finding("database", "fail", str(error))]
     took = (time.perf_counter() - begun) * 1000
     try:
-        return [*await _server(connection, database, config, took), *await _schema(connection)]
+        schema = await _schema(connection)
+        findings = [*await _server(connection, database, config, took), *schema]
+        if Finding("schema", "ok", UP_TO_DATE) in schema:
+            findings += await _secrets(connection, config)
+        return findings
     finally:
         connection.terminate()
 
@@ -177,7 +183,7 @@ async def _schema(connection: asyncpg.Connection) -> list[Finding]:
                 f"{len(missing)} migrations are pending; hookd migrate (or run) applies them",
             )
         ]
-    findings = [Finding("schema", "ok", "up to date")]
+    findings = [Finding("schema", "ok", UP_TO_DATE)]
     missing_roles = [
         r for r in ROLES if not await connection.fetchval("select to_regrole($1) is not null", r)
     ]
@@ -192,6 +198,43 @@ async def _schema(connection: asyncpg.Connection) -> list[Finding]:
     )
     findings.append(Finding("daemons", "ok" if alive else "warn", f"{alive} running"))
     return findings
+
+
+async def _secrets(connection: asyncpg.Connection, config: Config) -> list[Finding]:
+    import asyncpg as driver  # noqa: PLC0415 - not for --help
+
+    from hookd.keyfile import KeyFileProblem, read_keyring  # noqa: PLC0415
+    from hookd.postgres.vault import census  # noqa: PLC0415
+
+    try:
+        keyring = read_keyring(config.security.master_key_file)
+    except KeyFileProblem as problem:
+        return [Finding("secrets", "fail", f"security.master_key_file: {problem}")]
+    try:
+        counted = await census(connection)
+    except driver.InsufficientPrivilegeError:
+        return [Finding("secrets", "warn", "this role may not look at them; run doctor as the daemon's")]
+    lost = {key: n for key, n in counted.by_key.items() if key not in {k.id for k in keyring.keys}}
+    if lost:
+        said = ", ".join(f"{n} under key {key}" for key, n in lost.items())
+        where = (
+            "which security.master_key_file lacks"
+            if keyring.keys
+            else "and security.master_key_file is not set"
+        )
+        return [Finding("secrets", "fail", f"{said}, {where}: those endpoints' deliveries wait")]
+    if not keyring.keys:
+        return [
+            Finding("secrets", "warn", f"{counted.plain} are stored as plain text; `hookd secrets new-key FILE` makes a key for security.master_key_file")
+        ]  # fmt: skip
+    stale = counted.total - counted.by_key.get(keyring.newest or "", 0)
+    if stale:
+        return [
+            Finding(
+                "secrets", "warn", f"{stale} are plain text or under an older key; run hookd secrets rotate"
+            )
+        ]
+    return [Finding("secrets", "ok", f"all {counted.total} are encrypted under key {keyring.newest}")]
 
 
 async def _names(config: Config) -> list[Finding]:

@@ -140,6 +140,7 @@ def queue(facts: Mapping[str, Any], at: Any, most: int, width: int | None) -> li
         f"{facts['active']:,} active",
         f"{facts['failing']:,} of them failing",
         *([f"{facts['parked']:,} of them parked"] if facts["parked"] else []),
+        *([f"{facts['unverified']:,} unverified"] if facts["unverified"] else []),
         f"{facts['paused']:,} paused",
         f"{facts['disabled']:,} disabled",
     ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands.calling import judged, tested, verification, vetted
 from hookd.commands.send import header_map
 from hookd.commands.session import (
     Failed,
+    given_secret,
+    keyring_of,
     options,
     plain,
     print_fields,
@@ -22,7 +23,7 @@ from hookd.commands.session import (
     uuid_of,
     with_connection,
 )
-from hookd.config import addresses, duration, load
+from hookd.config import duration, load
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
     from hookd.commands import Invocation
     from hookd.config import Config
-    from hookd.core.model import Outcome
-    from hookd.net.vetting import Vetted
+    from hookd.core.challenge import Verification
+    from hookd.core.model import Secret
     from hookd.postgres.registry import EndpointChange, EndpointRecord
 
 FORMATS = click.Choice(["standard", "raw", "cloudevents", "thin"])
 
-STATES = click.Choice(["active", "paused", "disabled", "removed"])
+STATES = click.Choice(["active", "unverified", "paused", "disabled", "removed"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,63 +81,99 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
     )
 
 
-async def _vetted(url: str, config: Config) -> Vetted:
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415 - not for --help
-    from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415
-    from hookd.net.tunnel import ByProxy  # noqa: PLC0415
-    from hookd.net.vetting import vet  # noqa: PLC0415
+def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How ``add`` and ``rotate`` come by a signing secret."""
+    for option in (
+        click.option("--secret", "given", metavar="S", help="One that you have: whsec_…, whsk_…, or @FILE."),
+        click.option("--key-type", type=click.Choice(["hmac", "ed25519"]), help="Of a new secret: shared (whsec_…), or a key pair (whsk_…, whpk_…)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
-    network = config.network
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
-    resolver = (
-        ByProxy()
-        if network.proxy_resolves
-        else Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
-    )
+
+def _secret(key_type: Any, given: str | None) -> Secret:
+    from hookd.core.signing import chosen_secret  # noqa: PLC0415 - not for --help
+
     try:
-        return await vet(url, resolver, https_only=network.https_only)
-    finally:
-        await resolver.close()
+        return chosen_secret(key_type, given_secret(given), secrets.token_bytes(32))
+    except ValueError as error:
+        raise Failed(f"--secret: {error}", 2) from None
 
 
-async def _judged(url: str, config: Config) -> Any:
-    found = await _vetted(url, config)
-    if not found.allowed:
-        detail = f" ({found.detail})" if found.detail else ""
-        hint = "; network.allow in the configuration lets addresses through" if found.detail else ""
-        raise Failed(f"{url} is refused: {found.reason}{detail}{hint}")
-    if found.reason:
-        click.echo(f"note: {found.reason}; it is registered all the same", err=True)
-    return found.target
+def _secret_shown(secret: Secret, given: str | None) -> dict[str, Any]:
+    """What is printed of a secret this once: nothing of one that was given."""
+    from hookd.core.signing import public_key  # noqa: PLC0415 - not for --help
+
+    shown_once = {} if given else {"secret": secret.reveal()}
+    public = public_key(secret)
+    return shown_once | ({} if public is None else {"public_key": public})
+
+
+def _said(answer: Verification, record: EndpointRecord) -> str:
+    """What came of a challenge, for people."""
+    if answer.verified:
+        return "verified: it answered the challenge" + (
+            "" if record.state == "active" else f"; it is {record.state}"
+        )
+    then = f"; it receives nothing until `hookd endpoint verify {record.id}` succeeds"
+    return f"not verified: {answer.reason}" + (then if record.state == "unverified" else "")
 
 
 @endpoint.command()
 @click.argument("url")
 @click.option("--tenant", default="default", show_default=True)
+@_secret_options
 @_settings
 @options
 @click.pass_obj
-def add(invocation: Invocation, /, url: str, tenant: str, **given: Any) -> None:
+def add(
+    invocation: Invocation, /, url: str, tenant: str, key_type: str | None, given: str | None, **settings: Any
+) -> None:
     """
     Register URL, and print its id and its secret: this once.
+
+    With security.require_verification it is asked right away whether it wants to be called; exit status 1 if it does not
+    answer, and it stays registered.
 
     \b
     hookd endpoint add https://example.com/hooks --type 'user.*'
     """  # noqa: D301 - click's mark for lines that stay
-    from hookd.core.signing import new_secret  # noqa: PLC0415 - not for --help
-    from hookd.postgres import registry  # noqa: PLC0415
+    from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    secret = new_secret(secrets.token_bytes(32))
+    secret = _secret(key_type, given)
 
-    async def work(connection: asyncpg.Connection, config: Config) -> EndpointRecord:
-        target = await _judged(url, config)
-        return await registry.add(connection, tenant, _change(given, target), secret)
+    async def work(
+        connection: asyncpg.Connection, config: Config
+    ) -> tuple[EndpointRecord, Verification | None]:
+        keyring = keyring_of(config)
+        target = await judged(url, config)
+        required = config.security.require_verification
+        record = await registry.add(
+            connection, tenant, _change(settings, target), secret, keyring=keyring, verified=not required
+        )
+        return await verification(connection, config, record.id) if required else (record, None)
 
-    record = with_connection(invocation, work)
+    record, answer = with_connection(invocation, work)
+    shown_once = _secret_shown(secret, given)
     if invocation.json:
-        print_json(plain(record) | {"secret": secret.reveal()})
+        print_json(plain(record) | shown_once | _reported(answer))
     else:
-        print_fields({"id": record.id, "secret": secret.reveal(), "url": record.url, "types": record.types})
+        print_fields({"id": record.id, **shown_once, "url": record.url, "types": record.types})
+    _conclude(invocation, record, answer)
+
+
+def _reported(answer: Verification | None) -> dict[str, Any]:
+    return {} if answer is None else {"verified": answer.verified, "reason": answer.reason or None}
+
+
+def _conclude(invocation: Invocation, record: EndpointRecord, answer: Verification | None) -> None:
+    """Say what came of a challenge, if there was one; exit status 1 where it was not answered."""
+    if answer is None:
+        return
+    if not invocation.json:
+        click.echo(_said(answer, record))
+    if not answer.verified:
+        raise click.exceptions.Exit(1)
 
 
 @endpoint.command(name="list")
@@ -162,9 +199,11 @@ def list_(invocation: Invocation, tenant: str | None, state: str | None, limit: 
     )
 
 
-def _print(invocation: Invocation, record: EndpointRecord, note: str = "") -> None:
+def _print(
+    invocation: Invocation, record: EndpointRecord, note: str = "", extra: dict[str, Any] | None = None
+) -> None:
     if invocation.json:
-        print_json(record)
+        print_json(plain(record) | (extra or {}))
         return
     fields = plain(record)
     for name in ("key", "host", "shard"):
@@ -188,7 +227,7 @@ def _simple(
 @options
 @click.pass_obj
 def show(invocation: Invocation, endpoint_id: str) -> None:
-    """One endpoint; its secret is never shown again."""
+    """One endpoint, with its public keys; its secrets are never shown again."""
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     _print(invocation, _simple(invocation, endpoint_id, registry.show))
@@ -204,16 +243,31 @@ def show(invocation: Invocation, endpoint_id: str) -> None:
 def update(
     invocation: Invocation, /, endpoint_id: str, url: str | None, clear: tuple[str, ...], **given: Any
 ) -> None:
-    """Change what is given, and leave the rest.  --type and --header replace all that were there."""
+    """
+    Change what is given, and leave the rest.  --type and --header replace all that were there.
+
+    With security.require_verification a new URL is asked whether it wants to be called before it receives anything.
+    """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     wanted = uuid_of(endpoint_id, "endpoint id")
 
-    async def work(connection: asyncpg.Connection, config: Config) -> EndpointRecord:
-        target = await _judged(url, config) if url else None
-        return await registry.update(connection, wanted, _change(given, target, clear))
+    async def work(
+        connection: asyncpg.Connection, config: Config
+    ) -> tuple[EndpointRecord, Verification | None]:
+        keyring = keyring_of(config)
+        target = await judged(url, config) if url else None
+        required = config.security.require_verification
+        record = await registry.update(
+            connection, wanted, _change(given, target, clear), keyring=keyring, verified=not required
+        )
+        if url and record.state == "unverified":
+            return await verification(connection, config, wanted)
+        return record, None
 
-    _print(invocation, with_connection(invocation, work))
+    record, answer = with_connection(invocation, work)
+    _print(invocation, record, extra=_reported(answer))
+    _conclude(invocation, record, answer)
 
 
 @endpoint.command()
@@ -234,12 +288,28 @@ def pause(invocation: Invocation, endpoint_id: str, reason: str | None) -> None:
 @options
 @click.pass_obj
 def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
-    """Let it receive again, after pause or after it was disabled."""
+    """
+    Let it receive again, after pause or after it was disabled.
+
+    With security.require_verification one that was never verified, or was disabled, is asked first.
+    """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     wanted = uuid_of(endpoint_id, "endpoint id")
-    record, queued = with_connection(invocation, lambda c, _: registry.resume(c, wanted, missed))
-    _print(invocation, record, f"{queued} missed deliveries queued" if queued else "")
+
+    async def work(
+        connection: asyncpg.Connection, config: Config
+    ) -> tuple[int, EndpointRecord, Verification | None]:
+        record, queued = await registry.resume(
+            connection, wanted, missed, require_verification=config.security.require_verification
+        )
+        if record.state == "unverified":
+            return queued, *await verification(connection, config, wanted)
+        return queued, record, None
+
+    queued, record, answer = with_connection(invocation, work)
+    _print(invocation, record, f"{queued} missed deliveries queued" if queued else "", _reported(answer))
+    _conclude(invocation, record, answer)
 
 
 @endpoint.command()
@@ -256,23 +326,67 @@ def remove(invocation: Invocation, endpoint_id: str) -> None:
 @endpoint.command()
 @click.argument("endpoint_id", metavar="ID")
 @click.option("--overlap", default="1d", show_default=True, help="How long the old secret signs too.")
+@_secret_options
 @options
 @click.pass_obj
-def rotate(invocation: Invocation, endpoint_id: str, overlap: str) -> None:
-    """Make a new secret and print it, this once; the old one signs too for a while."""
-    from hookd.core.signing import new_secret  # noqa: PLC0415 - not for --help
-    from hookd.postgres import registry  # noqa: PLC0415
+def rotate(
+    invocation: Invocation, endpoint_id: str, overlap: str, key_type: str | None, given: str | None
+) -> None:
+    """
+    Make a new secret and print it, this once; the old one signs too for a while.
+
+    It is of the same type as the one before, unless --key-type says otherwise.
+    """
+    from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     try:
         overlap_s = duration(overlap)
     except ValueError as error:
         raise Failed(f"--overlap: {error}", 2) from None
-    secret = new_secret(secrets.token_bytes(32))
-    record = _simple(invocation, endpoint_id, lambda c, i: registry.rotate(c, i, secret, overlap_s))
+    wanted = uuid_of(endpoint_id, "endpoint id")
+
+    async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Secret]:
+        before = await registry.show(connection, wanted)
+        secret = _secret(key_type or (None if given else before.key_type), given)
+        keyring = keyring_of(config)
+        return await registry.rotate(connection, wanted, secret, overlap_s, keyring=keyring), secret
+
+    record, secret = with_connection(invocation, work)
+    shown_once = _secret_shown(secret, given)
     if invocation.json:
-        print_json(plain(record) | {"secret": secret.reveal()})
+        print_json(plain(record) | shown_once)
     else:
-        print_fields({"id": record.id, "secret": secret.reveal(), "both_sign_for": overlap})
+        print_fields({"id": record.id, **shown_once, "both_sign_for": overlap})
+
+
+@endpoint.command()
+@click.argument("endpoint_id", metavar="ID")
+@click.option("--trust", is_flag=True, help="Take it for verified without asking it.")
+@options
+@click.pass_obj
+def verify(invocation: Invocation, endpoint_id: str, *, trust: bool) -> None:
+    """
+    Ask it whether it wants to be called: it has to repeat a challenge; exit status 0 if it does.
+
+    An unverified endpoint that answers becomes active, and what waited for it goes out.  For one that is active, paused
+    or disabled already the answer is only written down.
+    """
+    from hookd.core.challenge import Verification  # noqa: PLC0415 - not for --help
+    from hookd.postgres import registry  # noqa: PLC0415
+
+    wanted = uuid_of(endpoint_id, "endpoint id")
+
+    async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Verification]:
+        if not trust:
+            return await verification(connection, config, wanted)
+        record = await registry.show(connection, wanted)
+        record = await registry.note_verification(connection, wanted, record.url, None)
+        return record, Verification(verified=True)
+
+    record, answer = with_connection(invocation, work)
+    if invocation.json:
+        print_json(plain(record) | _reported(answer))
+    _conclude(invocation, record, answer)
 
 
 @endpoint.command()
@@ -282,7 +396,7 @@ def rotate(invocation: Invocation, endpoint_id: str, overlap: str) -> None:
 def check(invocation: Invocation, url: str) -> None:
     """Say what the address guard says of URL; exit status 0 or 1.  Nothing is registered and nothing is sent."""
     config = load(invocation.config_file).config
-    found = asyncio.run(_vetted(url, config))
+    found = asyncio.run(vetted(url, config))
     if invocation.json:
         print_json({
             "url": url, "allowed": found.allowed, "host": found.target.lane if found.target else None,
@@ -306,7 +420,7 @@ def check(invocation: Invocation, url: str) -> None:
 def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> None:
     """Send it a test event now, past the queue, and print the exchange; exit status 0 if it was accepted."""
     wanted = uuid_of(endpoint_id, "endpoint id")
-    sent, outcome = with_connection(invocation, lambda c, config: _try(c, config, wanted, type_, data))
+    sent, outcome = with_connection(invocation, lambda c, config: tested(c, config, wanted, type_, data))
     accepted = 200 <= outcome.status < 300
     if invocation.json:
         print_json({
@@ -331,59 +445,3 @@ def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> Non
 
 def _headers(lines: str) -> dict[str, str]:
     return {name: value for name, _, value in (line.partition(": ") for line in lines.splitlines())}
-
-
-async def _try(
-    connection: asyncpg.Connection, config: Config, endpoint_id: Any, type_: str, data: str
-) -> tuple[str, Outcome]:
-    from hookd import __version__  # noqa: PLC0415 - not for --help
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415
-    from hookd.core.bodies import ThinLink  # noqa: PLC0415
-    from hookd.core.composer import Composer, Wire  # noqa: PLC0415
-    from hookd.core.model import BodyFormat, Delivery, DeliveryId, Event  # noqa: PLC0415
-    from hookd.core.request import InvalidRequest  # noqa: PLC0415
-    from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context  # noqa: PLC0415
-    from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415
-    from hookd.net.tunnel import ByProxy  # noqa: PLC0415
-    from hookd.postgres import registry  # noqa: PLC0415
-    from hookd.postgres.queue import Queue  # noqa: PLC0415
-
-    record = await registry.show(connection, endpoint_id)
-    found = (await Queue(connection).endpoints([record.key]))[0]  # type: ignore[list-item]
-    delivery_config = config.delivery
-    thin = None
-    if delivery_config.thin_url:
-        thin = ThinLink(delivery_config.thin_url, os.urandom(32), 60.0)
-    wire = Wire(f"hookd/{__version__}", BodyFormat(delivery_config.format), delivery_config.timeout,
-                delivery_config.connect_timeout, config.network.https_only, thin=thin)  # fmt: skip
-    event_id = await connection.fetchval("select hookd.uuid7()")
-    event = Event(event_id, type_, record.tenant, data.encode(), time.time())
-    delivery = Delivery(DeliveryId(0), found.key, event, 0, found.shard)
-    try:
-        request = Composer(found, wire).compose(delivery, int(time.time()))
-    except InvalidRequest as problem:
-        raise Failed(f"the request cannot be made: {problem}") from None
-    network = config.network
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
-    resolver = (
-        ByProxy()
-        if network.proxy_resolves
-        else Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
-    )
-    exchange = HttpExchange(
-        resolver, lambda: rules,
-        ExchangeOptions(delivery_config.max_response, delivery_config.redirects, network.https_only, wire.user_agent),
-        wall=time.time, mono=time.monotonic, context=tls_context(network.ca_file),
-        proxy=config.egress_proxy(),
-    )  # fmt: skip
-    try:
-        outcome = await exchange.send(request)
-    finally:
-        await exchange.close()
-    own = {name.lower() for name in found.headers}
-    head = (request.head + request.lines).decode("latin-1").replace("\r\n", "\n").rstrip("\n")
-    shown_head = "\n".join(
-        f"{line.partition(':')[0]}: ***" if line.partition(":")[0].lower() in own else line
-        for line in head.split("\n")
-    )
-    return f"{shown_head}\n\n{request.body.decode('utf-8', 'replace')}", outcome

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hookd.commands.session import Failed, options
+from hookd.commands.session import Failed, given_secret, options
 from hookd.config import duration
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BODY_SHOWN = 300
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0 takes any.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--secret", "secrets", multiple=True, envvar="HOOKD_SECRET", metavar="S", help="Check signatures with it (whsec_…); may be repeated.")  # fmt: skip
+@click.option("--secret", "secrets", multiple=True, envvar="HOOKD_SECRET", metavar="S", help="Check signatures with it (whsec_…, whpk_…, @FILE); may be repeated.")  # fmt: skip
 @click.option("--forward-to", default="", metavar="URL", help="Hand requests on, and its answer back.")
 @click.option(
     "--fail", type=click.FloatRange(0, 1), default=0.0, metavar="RATE", help="Answer this share with 500."
@@ -46,14 +46,17 @@ def listen(
     \b
     hookd listen --port 9000 --secret whsec_…
     hookd endpoint add http://127.0.0.1:9000/
+
+    It answers the challenges of `hookd endpoint verify`, unless it hands requests on.
     """  # noqa: D301 - click's mark for lines that stay
-    from hookd.core.signing import parse_secret  # noqa: PLC0415 - not for --help
+    from hookd.core.signing import parse_checking  # noqa: PLC0415 - not for --help
     from hookd.net.receiver import Manners, Receiver  # noqa: PLC0415
 
     try:
         delay_s = duration(delay)
+        secrets = tuple(given_secret(secret) or "" for secret in secrets)
         for secret in secrets:
-            parse_secret(secret)
+            parse_checking(secret)
     except ValueError as error:
         raise Failed(str(error), 2) from None
     manners = Manners(status, fail, delay_s, forward_to=forward_to)

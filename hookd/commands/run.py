@@ -18,6 +18,7 @@ from hookd.admin.server import AdminServer
 from hookd.commands.session import Failed, bring_up_to_date, database_of, options
 from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
+from hookd.keyfile import KeyFileProblem
 from hookd.logs import configure
 from hookd.net.exchange import check_parts
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable
@@ -76,7 +77,12 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         configure(fresh.log)
         return fresh
 
-    daemon = Daemon(config, database, reload)
+    try:
+        daemon = Daemon(config, database, reload)
+    except KeyFileProblem as problem:
+        raise Failed(f"security.master_key_file: {problem}", 2) from None
+    if not daemon.keyring.keys:
+        log.warning("endpoint secrets are stored as plain text: security.master_key_file is not set")
     async with contextlib.AsyncExitStack() as stack:
         admin = AdminServer(daemon, database)
         listening = await admin.start()

@@ -100,10 +100,11 @@ def header_map(headers: tuple[str, ...]) -> dict[str, str]:
     from hookd.core.headers import check_headers  # noqa: PLC0415 - not for --help
 
     given: dict[str, str] = {}
-    for text in headers:
+    for number, text in enumerate(headers, 1):
         name, colon, value = text.partition(":")
         if not colon:
-            raise Failed(f"{text.partition(' ')[0]!r} is no header; write --header 'name: value'", 2)
+            # not repeated: it may be a credential without its name
+            raise Failed(f"--header number {number} has no colon; write --header 'name: value'", 2)
         given[name.strip()] = value.strip()
     problem = check_headers(given)
     if problem is not None:

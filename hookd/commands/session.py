@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import functools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from hookd.commands import Invocation
     from hookd.config import Config
+    from hookd.core.sealing import Keyring
     from hookd.postgres.connect import Database
 
 T = TypeVar("T")
@@ -113,6 +115,38 @@ async def bring_up_to_date(connection: asyncpg.Connection, config: Config) -> li
             f"the schema is not up to date and this role may not change it ({error}); "
             "run hookd migrate as the role that owns the schema"
         ) from None
+
+
+def keyring_of(config: Config) -> Keyring:
+    """
+    The master keys that the configuration names.
+
+    Raises:
+        Failed: their file cannot be used.
+    """
+    from hookd.keyfile import KeyFileProblem, read_keyring  # noqa: PLC0415 - not for --help
+
+    try:
+        return read_keyring(config.security.master_key_file)
+    except KeyFileProblem as problem:
+        raise Failed(f"security.master_key_file: {problem}", 2) from None
+
+
+def given_secret(text: str | None) -> str | None:
+    """
+    A secret as it was typed: itself, or ``@FILE``, which keeps it out of process lists and shell histories.
+
+    Raises:
+        Failed: the file cannot be read.
+    """
+    if text is None or not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise Failed(f"{text[1:]} cannot be read: {error.strerror}", 2) from None
+    except UnicodeError:
+        raise Failed(f"{text[1:]} is no text", 2) from None
 
 
 def with_connection(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from hookd.commands.session import Failed, options, print_json
+from hookd.commands.session import Failed, given_secret, options, print_json
 
 if TYPE_CHECKING:
     from hookd.commands import Invocation
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     required=True,
     envvar="HOOKD_SECRET",
     metavar="S",
-    help="whsec_…, or @FILE; else $HOOKD_SECRET.",
+    help="whsec_…, or the public key whpk_…, or @FILE; else $HOOKD_SECRET.",
 )
 @click.option(
     "--tolerance",
@@ -40,11 +39,7 @@ def verify(invocation: Invocation, secret: str, tolerance: float) -> None:
     """
     from hookd.core.signing import verify as check  # noqa: PLC0415 - not for --help
 
-    if secret.startswith("@"):
-        try:
-            secret = Path(secret[1:]).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise Failed(f"{secret[1:]} cannot be read: {error.strerror}", 2) from None
+    secret = given_secret(secret) or ""
     headers, body = _taken_apart(sys.stdin.buffer.read())
     report = check(secret, headers, body, time.time(), tolerance or 10**9)
     if not report.valid and body.endswith(b"\n"):

@@ -44,7 +44,7 @@ class EndpointState(enum.StrEnum):
 
     ACTIVE = "active"
     PAUSED = "paused"
-    """Its deliveries wait."""
+    """Its deliveries wait: it was paused, has not answered its challenge yet, or its secrets cannot be read."""
     DISABLED = "disabled"
     """It gets none; what was pending becomes dead letters."""
     REMOVED = "removed"
@@ -110,7 +110,7 @@ class Endpoint:
     ordered: bool = False
     health: Health = HEALTHY
     secrets: tuple[Secret, ...] = ()
-    """Signing secrets in the ``whsec_`` form, newest first; several while one rotates."""
+    """Signing secrets in the ``whsec_`` or ``whsk_`` form, newest first; several while one rotates."""
     rotates_until: float | None = None
     """Wall time when the next of ``secrets`` expires: the endpoint has to be read again then."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp import web
 
+from hookd.core.challenge import challenge_in
 from hookd.core.signing import verify
 
 if TYPE_CHECKING:
@@ -121,6 +122,9 @@ class Receiver:
             return web.Response(status=401, text=f"signature: {received.problem}\n")
         if self._client is not None:
             return await self._forwarded(self._client, received)
+        challenge = challenge_in(received.body)
+        if challenge is not None:
+            return web.json_response({"challenge": challenge})
         relents_after = self._manners.relents_after
         if relents_after is not None and self._taken > relents_after:
             return web.Response(status=200)

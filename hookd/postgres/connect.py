@@ -47,8 +47,9 @@ RETRYABLE = (
     EOFError,
 )
 
-PASSWORD_IN_URL = re.compile(r"(?<=://)([^:/@]*):[^@/]*@")
-PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])(password=)[^&]*")
+# Greedy up to the last @: a password may have been written with the / ? # or @ in it that should have been encoded.
+PASSWORD_IN_URL = re.compile(r"(?<=://)([^:/@]*):\S*@")
+PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])((?:ssl)?password=)[^&\s]*")
 
 
 class DatabaseUnavailable(Exception):
@@ -112,8 +113,14 @@ class Database:
             raise DatabaseRefused(f"TLS with {self.described} failed: {_first_line(error)}") from None
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
             raise DatabaseRefused(f"{self.described}: {_first_line(error)}") from None
-        except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
+        except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError) as error:
             raise DatabaseRefused(f"database.dsn cannot be used: {_first_line(error)}") from None
+        except ValueError:
+            # its message quotes what it stumbled over, which may be a part of the password
+            raise DatabaseRefused(
+                f"database.dsn cannot be used: {self.described} does not parse; "
+                "in a name or password write / ? # @ : [ ] % as %2F %3F %23 %40 %3A %5B %5D %25"
+            ) from None
         except Exception as error:
             problem = unavailable(error)
             if problem is None:

@@ -6,7 +6,7 @@ It reads PostgreSQL only.  What a lane waits for is what its daemon published wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hookd.core.words import bounded, several, span
@@ -122,6 +122,8 @@ class Owner:
     silence_s: float
     stalled: str = ""
     """What everything waits for."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Ids of endpoints whose secrets it cannot read, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ async def _owners(connection: asyncpg.Connection) -> Owners:
             None if in_flight is None else frozenset(in_flight),
             node["silence"].total_seconds(),
             node["summary"].get("stalled", ""),
+            node["summary"].get("unreadable", {}),
         )
     return Owners({r["shard"]: r["pid"] for r in await connection.fetch(OWNERS)}, by_backend)
 
@@ -217,6 +220,10 @@ def why_pending(row: Pending, owners: Owners, head: Pending | None = None) -> st
     backend = owners.by_shard.get(row.shard)
     for waits, because in (
         (row.state is None, "its endpoint is gone; it ends as cancelled when its owner reaches it"),
+        (
+            row.state == "unverified",
+            f"its endpoint is not verified ({row.state_reason}); `hookd endpoint verify {row.endpoint_id}` asks it",
+        ),
         (row.state == "paused", f"its endpoint is paused; `hookd endpoint resume {row.endpoint_id}`"),
         (
             row.state in ("disabled", "removed"),
@@ -237,6 +244,9 @@ def why_pending(row: Pending, owners: Owners, head: Pending | None = None) -> st
     owner = owners.by_backend.get(backend or 0)
     if owner is None:
         return f"the daemon that owns shard {row.shard} has not said anything lately; see `hookd status`"
+    unreadable = owner.unreadable.get(str(row.endpoint_id))
+    if unreadable is not None:
+        return f"the daemon cannot read the secrets of its endpoint: {unreadable}"
     return why_in_lane(row, owner)
 
 

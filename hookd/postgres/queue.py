@@ -12,9 +12,10 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health, Secret
+from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health
 from hookd.core.reads import Arrivals, Place, Row, Snapshot
 from hookd.postgres.connect import unavailable
+from hookd.postgres.vault import opened
 
 if TYPE_CHECKING:
     import datetime
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import asyncpg
 
     from hookd.core.model import DeliveryId
+    from hookd.core.sealing import Keyring
+    from hookd.postgres.vault import Opened
 
 READ_TIMEOUT_S = 30.0
 
@@ -230,8 +233,11 @@ FLAG_SLEEP = (
 class Queue:
     """The feed's connection."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, keyring: Callable[[], Keyring]) -> None:
         self._connection = connection
+        self._keyring = keyring
+        self.unreadable: dict[UUID, str] = {}
+        """Endpoints whose secrets cannot be opened, as of when they were read last, and why: their deliveries wait."""
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
         self.statements = 0
@@ -348,30 +354,41 @@ class Queue:
                 raise problem from error
             raise
 
-    @staticmethod
-    def _endpoints(rows: Sequence[asyncpg.Record]) -> list[Endpoint]:
-        return [
-            Endpoint(
-                key=EndpointKey(r["key"]),
-                id=r["id"],
-                tenant=r["tenant"],
-                url=r["url"],
-                host=r["host"],
-                shard=r["shard"],
-                former_shards=tuple(r["former_shards"]),
-                state=EndpointState(r["state"]),
-                state_reason=r["state_reason"],
-                format=BodyFormat(r["format"]) if r["format"] else None,
-                rate=r["rate"],
-                concurrency=r["concurrency"],
-                ordered=r["ordered"],
-                health=Health(_epoch(r["failing_since"]), r["failing_reason"], _epoch(r["parked_at"])),
-                secrets=tuple(Secret(s) for s in r["secrets"]),
-                rotates_until=_epoch(r["rotates_until"]),
-                headers=json.loads(r["headers"]) if r["headers"] else {},
-            )
-            for r in rows
-        ]
+    def _endpoints(self, rows: Sequence[asyncpg.Record]) -> list[Endpoint]:
+        keyring = self._keyring()
+        return [self._endpoint(r, opened(keyring, r)) for r in rows]
+
+    def _endpoint(self, r: asyncpg.Record, found: Opened) -> Endpoint:
+        state, reason = self._state(r, found.problem)
+        return Endpoint(
+            key=EndpointKey(r["key"]),
+            id=r["id"],
+            tenant=r["tenant"],
+            url=r["url"],
+            host=r["host"],
+            shard=r["shard"],
+            former_shards=tuple(r["former_shards"]),
+            state=state,
+            state_reason=reason,
+            format=BodyFormat(r["format"]) if r["format"] else None,
+            rate=r["rate"],
+            concurrency=r["concurrency"],
+            ordered=r["ordered"],
+            health=Health(_epoch(r["failing_since"]), r["failing_reason"], _epoch(r["parked_at"])),
+            secrets=found.signing,
+            rotates_until=_epoch(r["rotates_until"]),
+            headers=found.headers,
+        )
+
+    def _state(self, r: asyncpg.Record, unreadable: str | None) -> tuple[EndpointState, str | None]:
+        """What the engine takes an endpoint for: one that may not be sent to for now is paused, whatever the cause."""
+        self.unreadable.pop(r["id"], None)
+        if r["state"] in ("active", "paused", "unverified") and unreadable is not None:
+            self.unreadable[r["id"]] = unreadable
+            return EndpointState.PAUSED, f"its secrets cannot be read: {unreadable}"
+        if r["state"] == "unverified":
+            return EndpointState.PAUSED, r["state_reason"]
+        return EndpointState(r["state"]), r["state_reason"]
 
 
 def _event(r: asyncpg.Record) -> Event:

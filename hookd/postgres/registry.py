@@ -8,12 +8,13 @@ business, because it needs the network.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+
+from hookd.postgres import vault
 
 if TYPE_CHECKING:
     import datetime
@@ -21,16 +22,21 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from hookd.core.model import Secret
+    from hookd.core.sealing import Keyring
 
 TYPE_PATTERN = re.compile(r"\*|[^\s*]{1,255}?(\.\*)?")
 
 SELECT = """
 select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.types, e.filter::text as filter, e.format, e.ordered, e.rate,
        e.concurrency, e.description, e.state, e.state_reason, e.state_at, e.failing_since, e.failing_reason, e.parked_at,
-       e.created_at, e.updated_at,
-       (select array_agg(k order by k) from json_object_keys((
-          select s.value::json from hookd.endpoint_secret s
-           where s.endpoint = e.key and s.purpose = 'headers' order by s.id desc limit 1)) as k) as header_names,
+       e.verified_at, e.created_at, e.updated_at,
+       (select s.shown from hookd.endpoint_secret s
+         where s.endpoint = e.key and s.purpose = 'headers' order by s.id desc limit 1) as header_names,
+       coalesce((select array_agg(s.shown[1] order by s.id desc) from hookd.endpoint_secret s
+                  where s.endpoint = e.key and s.purpose = 'signing' and s.shown is not null
+                    and (s.expires_at is null or s.expires_at > now())), '{}') as public_keys,
+       (select case when s.shown is null then 'hmac' else 'ed25519' end from hookd.endpoint_secret s
+         where s.endpoint = e.key and s.purpose = 'signing' order by s.id desc limit 1) as key_type,
        (select count(*) from hookd.endpoint_secret s
          where s.endpoint = e.key and s.purpose = 'signing'
            and (s.expires_at is null or s.expires_at > now()))::integer as secrets
@@ -49,8 +55,8 @@ LIST = (
 
 INSERT = """
 insert into hookd.endpoint
-       (tenant, url, host, types, filter, format, ordered, rate, concurrency, description, shard)
-values ($1, $2, $3, $4, $5::text::jsonpath, $6, $7, $8, $9, $10, 0)
+       (tenant, url, host, types, filter, format, ordered, rate, concurrency, description, state, state_reason, shard)
+values ($1, $2, $3, $4, $5::text::jsonpath, $6, $7, $8, $9, $10, $11, $12, 0)
 returning key, id
 """
 
@@ -62,26 +68,31 @@ update hookd.endpoint
        ordered = coalesce($9, ordered),
        rate = case when $10 then $11::double precision else rate end,
        concurrency = case when $12 then $13::integer else concurrency end,
-       description = case when $14 then $15 else description end
+       description = case when $14 then $15 else description end,
+       verified_at = case when $2 <> url then null else verified_at end,
+       state = case when $16 and $2 <> url and state = 'active' then 'unverified' else state end,
+       state_reason = case when $16 and $2 <> url and state = 'active' then $17 else state_reason end
  where id = $1 and state <> 'removed'
 returning key
 """
 
-ADD_SECRET = """
-insert into hookd.endpoint_secret (endpoint, purpose, value) values ($1, $2, $3)
-"""  # noqa: S105 - SQL
+TOUCH = "update hookd.endpoint set updated_at = now() where key = $1"
 
-DELETE_HEADERS = "delete from hookd.endpoint_secret where endpoint = $1 and purpose = 'headers'"
+NOT_VERIFIED = "it has not answered a challenge yet"
 
-EXPIRE_SECRETS = """
-update hookd.endpoint_secret
-   set expires_at = clock_timestamp() + make_interval(secs => $2)
- where endpoint = $1 and purpose = 'signing' and (expires_at is null or expires_at > clock_timestamp() + make_interval(secs => $2))
+# A success ends the wait and nothing else: what was paused or disabled by hand stays so.
+VERIFIED = """
+update hookd.endpoint
+   set verified_at = clock_timestamp(),
+       state_reason = case when state = 'unverified' then null else state_reason end,
+       state = case when state = 'unverified' then 'active' else state end
+ where id = $1 and url = $2 and state <> 'removed'
+returning key
 """
 
-PURGE_SECRETS = "delete from hookd.endpoint_secret where endpoint = $1 and expires_at < now()"
-
-TOUCH = "update hookd.endpoint set updated_at = now() where key = $1"
+VERIFY_FAILED = """
+update hookd.endpoint set state_reason = $3 where id = $1 and url = $2 and state = 'unverified'
+"""
 
 SET_STATE = """
 update hookd.endpoint
@@ -177,9 +188,15 @@ class EndpointRecord:
     failing_since: datetime.datetime | None
     failing_reason: str | None
     parked_at: datetime.datetime | None
+    verified_at: datetime.datetime | None
+    """When its URL answered the challenge."""
     created_at: datetime.datetime
     updated_at: datetime.datetime
     header_names: list[str] | None
+    public_keys: list[str]
+    """Of its ed25519 secrets, newest first: what its receiver checks with."""
+    key_type: str | None
+    """Of its newest secret: hmac or ed25519."""
     secrets: int
     """How many secrets sign: two while one rotates."""
 
@@ -204,10 +221,16 @@ async def _one(connection: asyncpg.Connection, statement: str, *args: Any) -> as
 
 
 async def add(
-    connection: asyncpg.Connection, tenant: str, change: EndpointChange, secret: Secret
+    connection: asyncpg.Connection,
+    tenant: str,
+    change: EndpointChange,
+    secret: Secret,
+    *,
+    keyring: Keyring,
+    verified: bool = True,
 ) -> EndpointRecord:
     """
-    Register an endpoint.
+    Register an endpoint; one that is not ``verified`` receives nothing before it has answered a challenge.
 
     Raises:
         NotPossible: a value was refused.
@@ -228,10 +251,12 @@ async def add(
                 change.rate,
                 change.concurrency,
                 change.description,
+                "active" if verified else "unverified",
+                None if verified else NOT_VERIFIED,
             )
-            await connection.execute(ADD_SECRET, row["key"], "signing", secret.reveal())
+            await vault.add_signing(connection, keyring, row["key"], row["id"], secret)
             if change.headers:
-                await connection.execute(ADD_SECRET, row["key"], "headers", json.dumps(dict(change.headers)))
+                await vault.set_headers(connection, keyring, row["key"], row["id"], change.headers)
     return await show(connection, row["id"])
 
 
@@ -260,9 +285,16 @@ async def listing(
     return [EndpointRecord(**row) for row in await connection.fetch(LIST, tenant, state, after, limit)]
 
 
-async def update(connection: asyncpg.Connection, endpoint_id: UUID, change: EndpointChange) -> EndpointRecord:
+async def update(
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    change: EndpointChange,
+    *,
+    keyring: Keyring,
+    verified: bool = True,
+) -> EndpointRecord:
     """
-    Change an endpoint.
+    Change an endpoint; unless a new URL is taken for ``verified``, it receives nothing before it has answered.
 
     Raises:
         NotPossible: there is none of that id, or a value was refused.
@@ -289,14 +321,17 @@ async def update(connection: asyncpg.Connection, endpoint_id: UUID, change: Endp
                 change.concurrency,
                 sets["description"],
                 change.description,
+                not verified,
+                NOT_VERIFIED,
             )
             if key is not None and change.headers is not None:
-                await connection.execute(DELETE_HEADERS, key)
-                if change.headers:
-                    await connection.execute(ADD_SECRET, key, "headers", json.dumps(dict(change.headers)))
+                await vault.set_headers(connection, keyring, key, endpoint_id, change.headers)
                 await connection.execute(TOUCH, key)
     return await show(connection, endpoint_id)
 
+
+STAYING = ["active", "unverified", "paused", "disabled"]
+"""All states but removed."""
 
 CLEARABLE = ("filter", "format", "rate", "concurrency", "description")
 
@@ -305,25 +340,33 @@ async def pause(
     connection: asyncpg.Connection, endpoint_id: UUID, reason: str | None = None
 ) -> EndpointRecord:
     """Let its deliveries wait."""
-    return await _set_state(connection, endpoint_id, "paused", reason, ["active", "paused"])
+    return await _set_state(connection, endpoint_id, "paused", reason, ["active", "unverified", "paused"])
 
 
 async def remove(connection: asyncpg.Connection, endpoint_id: UUID) -> EndpointRecord:
     """Mark it; its owner cancels what is pending."""
-    return await _set_state(connection, endpoint_id, "removed", None, ["active", "paused", "disabled"])
+    return await _set_state(connection, endpoint_id, "removed", None, STAYING)
 
 
 async def resume(
-    connection: asyncpg.Connection, endpoint_id: UUID, missed: str = "none"
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    missed: str = "none",
+    *,
+    require_verification: bool = False,
 ) -> tuple[EndpointRecord, int]:
     """
     Let it receive again; returns how many missed deliveries were queued.
 
-    ``missed`` says what a disabled endpoint gets of what it missed: ``all``, ``latest`` (one) or ``none``.
+    ``missed`` says what a disabled endpoint gets of what it missed: ``all``, ``latest`` (one) or ``none``.  Where
+    verification is required, one that was never verified, or was disabled, has to answer a challenge first.
     """
     async with connection.transaction():
         before = await show(connection, endpoint_id)
-        record = await _set_state(connection, endpoint_id, "active", None, ["active", "paused", "disabled"])
+        if require_verification and (before.verified_at is None or before.state == "disabled"):
+            record = await _set_state(connection, endpoint_id, "unverified", NOT_VERIFIED, STAYING)
+        else:
+            record = await _set_state(connection, endpoint_id, "active", None, STAYING)
         queued = 0
         if before.state == "disabled" and missed != "none":
             row = await _one(
@@ -335,15 +378,29 @@ async def resume(
     return record, queued
 
 
+async def note_verification(
+    connection: asyncpg.Connection, endpoint_id: UUID, url: str, problem: str | None
+) -> EndpointRecord:
+    """
+    Write down what came of a challenge; ``problem``: why it was not answered.
+
+    Raises:
+        NotPossible: the endpoint was removed or given another URL meanwhile.
+    """
+    if problem is not None:
+        await connection.execute(VERIFY_FAILED, endpoint_id, url, problem)
+    elif await connection.fetchval(VERIFIED, endpoint_id, url) is None:
+        raise NotPossible(f"endpoint {endpoint_id} was removed or given another URL meanwhile; ask again")
+    return await show(connection, endpoint_id)
+
+
 async def rotate(
-    connection: asyncpg.Connection, endpoint_id: UUID, secret: Secret, overlap_s: float
+    connection: asyncpg.Connection, endpoint_id: UUID, secret: Secret, overlap_s: float, *, keyring: Keyring
 ) -> EndpointRecord:
     """Sign with a new secret; the old ones sign too for ``overlap_s`` more seconds."""
     record = await show(connection, endpoint_id)
     async with connection.transaction():
-        await connection.execute(PURGE_SECRETS, record.key)
-        await connection.execute(EXPIRE_SECRETS, record.key, overlap_s)
-        await connection.execute(ADD_SECRET, record.key, "signing", secret.reveal())
+        await vault.replace_signing(connection, keyring, record.key, endpoint_id, secret, overlap_s)
         await connection.execute(TOUCH, record.key)
     return await show(connection, endpoint_id)
 

@@ -59,8 +59,9 @@ select clock_timestamp() as at,
           select from hookd.dead_letter where replayed_at is null limit {COUNT_MOST + 1}) l) as dead_letters,
        (select hookd.uuid7_time(event_id) from hookd.delivery order by event_id limit 1) as oldest_at,
        (select count(*)::integer from hookd.shard) as shards,
-       e.active, e.paused, e.disabled, e.failing, e.parked
+       e.active, e.unverified, e.paused, e.disabled, e.failing, e.parked
   from (select count(*) filter (where state = 'active')::integer as active,
+               count(*) filter (where state = 'unverified')::integer as unverified,
                count(*) filter (where state = 'paused')::integer as paused,
                count(*) filter (where state = 'disabled')::integer as disabled,
                count(*) filter (where state = 'active' and failing_since is not null)::integer as failing,

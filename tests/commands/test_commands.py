@@ -37,10 +37,33 @@ def no_database(tmp_path: Path) -> Cli:
 
 def test_help_is_quick_and_complete(no_database: Cli) -> None:
     text = no_database.ok("--help")
-    for command in ("run", "send", "endpoint", "replay", "explain", "top", "doctor", "listen", "demo"):
+    for command in (
+        "run",
+        "send",
+        "endpoint",
+        "replay",
+        "explain",
+        "top",
+        "doctor",
+        "secrets",
+        "listen",
+        "demo",
+    ):
         assert f"  {command} " in text
         assert "Usage:" in no_database.ok(command, "--help")
-    for verb in ("add", "list", "show", "update", "pause", "resume", "remove", "rotate", "test", "check"):
+    for verb in (
+        "add",
+        "list",
+        "show",
+        "update",
+        "pause",
+        "resume",
+        "remove",
+        "rotate",
+        "verify",
+        "test",
+        "check",
+    ):
         assert "Usage:" in no_database.ok("endpoint", verb, "--help")
 
 

@@ -412,7 +412,7 @@ def test_lanes_are_sorted_by_trouble() -> None:
 AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)
 
 QUEUE = {
-    "fresh": 10_001, "waiting": 12, "dead_letters": 1, "oldest_at": AT, "shards": 64, "active": 9, "paused": 1,
+    "fresh": 10_001, "waiting": 12, "dead_letters": 1, "oldest_at": AT, "shards": 64, "active": 9, "unverified": 0, "paused": 1,
     "disabled": 2, "failing": 3, "parked": 0,
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from hookd.core.sealing import PLAIN
 from hookd.postgres import registry
 from hookd.postgres.registry import EndpointChange
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
@@ -55,7 +56,7 @@ def test_a_throttled_endpoint_gets_the_latest_state(
                 dsn, "select 1 from hookd.attempt where verdict = 'cancelled' having count(*) = 49"
             )
             connection = await asyncpg.connect(dsn)
-            await registry.update(connection, endpoint, EndpointChange(rate=1000.0))
+            await registry.update(connection, endpoint, EndpointChange(rate=1000.0), keyring=PLAIN)
             await connection.close()
             await wait_empty(dsn)
             assert sent(receiver) == [-1, 49, 1000]

@@ -307,6 +307,7 @@ def test_formats_and_headers(dsn: str, start_daemon: Callable[..., DaemonProcess
 def test_a_rotated_secret_signs_beside_the_new_one(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
+    from hookd.core.sealing import PLAIN
     from hookd.core.signing import new_secret, verify
     from hookd.postgres import registry
 
@@ -317,7 +318,7 @@ def test_a_rotated_secret_signs_beside_the_new_one(
             old, endpoint = await add_endpoint_with_id(dsn, receiver.url)
             new = new_secret(b"n" * 32)
             connection = await asyncpg.connect(dsn)
-            await registry.rotate(connection, endpoint, new, 1.5)
+            await registry.rotate(connection, endpoint, new, 1.5, keyring=PLAIN)
             await send(dsn)
             await wait_empty(dsn)
             call = receiver.calls[0]

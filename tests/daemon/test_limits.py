@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
+from hookd.core.sealing import PLAIN
 from hookd.postgres import registry
 from hookd.postgres.registry import EndpointChange, NotPossible
 from tests.producing import add_endpoint_with_id, fetch, wait_empty
@@ -108,7 +109,7 @@ def test_an_update_of_an_endpoint_acts_within_a_second(
             await receiver.wait_for_calls(1)
             connection = await asyncpg.connect(dsn)
             changed = time.monotonic()
-            await registry.update(connection, endpoint, EndpointChange(rate=1000.0))
+            await registry.update(connection, endpoint, EndpointChange(rate=1000.0), keyring=PLAIN)
             await connection.close()
             await receiver.wait_for_calls(60)
             assert receiver.times[1] - changed < 1.0, (
@@ -162,7 +163,7 @@ def test_an_endpoint_keeps_its_limit_when_the_new_one_is_refused(dsn: str, chang
         _, endpoint = await add_endpoint_with_id(dsn, "http://127.0.0.1:9999/hook", rate=3.0, concurrency=2)
         connection = await asyncpg.connect(dsn)
         with pytest.raises(NotPossible, match="above 0"):
-            await registry.update(connection, endpoint, EndpointChange(**change))
+            await registry.update(connection, endpoint, EndpointChange(**change), keyring=PLAIN)
         kept = await registry.show(connection, endpoint)
         await connection.close()
         assert (kept.rate, kept.concurrency) == (3.0, 2)
@@ -188,7 +189,9 @@ def test_pause_and_resume_act_within_a_second_and_lose_nothing(
             assert len(receiver.calls) == paused < 300
             await registry.resume(connection, endpoint)
             resumed = time.monotonic()
-            await registry.update(connection, endpoint, EndpointChange(clear=frozenset({"rate"})))
+            await registry.update(
+                connection, endpoint, EndpointChange(clear=frozenset({"rate"})), keyring=PLAIN
+            )
             await connection.close()
             await wait_empty(dsn)
             assert len({c.event_id for c in receiver.calls}) == len(receiver.calls) == 300

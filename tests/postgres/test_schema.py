@@ -11,7 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from hookd.postgres.migrate import SchemaMismatch, migrate, migrations, pending
+from hookd.postgres import registry
+from hookd.postgres.migrate import CREATE_RECORD, RECORD, SchemaMismatch, migrate, migrations, pending
 from tests.conftest import run_sql
 from tests.producing import add_endpoint, add_endpoint_with_id, fetch, send
 
@@ -43,6 +44,27 @@ def test_migrate_twice_is_a_no_op(empty_dsn: str) -> None:
         assert len(await pending(connection)) == len(migrations())
         assert await migrate(connection) == migrations()
         assert await migrate(connection) == []
+        await connection.close()
+
+    asyncio.run(go())
+
+
+def test_what_was_registered_before_headers_could_be_sealed_keeps_their_names(empty_dsn: str) -> None:
+    async def go() -> None:
+        connection = await asyncpg.connect(empty_dsn)
+        await connection.execute(CREATE_RECORD)
+        for migration in migrations()[:5]:
+            await connection.execute(migration.sql)
+            await connection.execute(RECORD, migration.version, migration.name, migration.checksum)
+        await connection.execute(
+            """with e as (insert into hookd.endpoint (url, host, shard) values ('http://a.example/', 'a.example:80', 0) returning key)
+               insert into hookd.endpoint_secret (endpoint, purpose, value)
+               select e.key, v.purpose, v.value from e,
+                      (values ('signing', 'whsec_x'), ('headers', '{"x-b": "2", "x-a": "1"}')) as v (purpose, value)"""
+        )
+        assert min(m.version for m in await migrate(connection)) == 6
+        (record,) = await registry.listing(connection)
+        assert (record.header_names, record.key_type, record.public_keys) == (["x-a", "x-b"], "hmac", [])
         await connection.close()
 
     asyncio.run(go())

@@ -1,0 +1,34 @@
+"""Asks a receiver whether it wants to be called: one challenge, sent past the queue and outside of its host's limits."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
+
+from hookd.core import challenge as challenges
+from hookd.core.challenge import Verification
+from hookd.core.request import InvalidRequest
+
+if TYPE_CHECKING:
+    from hookd.core.composer import Wire
+    from hookd.core.model import Endpoint, Outcome
+    from hookd.core.request import Request
+
+
+class Exchange(Protocol):
+    """One signed POST (``net.exchange``)."""
+
+    async def send(self, request: Request) -> Outcome:
+        """Make it."""
+        ...
+
+
+async def ask(endpoint: Endpoint, exchange: Exchange, wire: Wire, now: float) -> Verification:
+    """Send an endpoint a challenge that nobody can know beforehand; ``now`` is wall time."""
+    challenge = secrets.token_urlsafe(32)
+    try:
+        request = challenges.request(endpoint, wire, challenge, uuid4(), int(now))
+    except InvalidRequest as problem:
+        return Verification(verified=False, reason=f"the challenge cannot be sent: {problem}")
+    return challenges.judge(await exchange.send(request), request, challenge)
