@@ -133,7 +133,7 @@ class OpenLoop:
             if wait > 0:
                 await asyncio.sleep(wait)
                 continue
-            due = []
+            due: list[float] = []
             now = self._taken_at = time.time()
             while moments and begun + moments[0] <= now and len(due) < AT_ONCE:
                 due.append(moments.popleft())
