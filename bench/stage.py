@@ -67,6 +67,7 @@ class Stage:
     def __init__(
         self,
         *,
+        listeners: int = 1,
         tls: bool = False,
         settings: Mapping[str, str] | None = None,
         dsn: str = "",
@@ -95,7 +96,7 @@ class Stage:
             if target:
                 self._look_at(target)
             else:
-                self._start_receiver(tls=tls)
+                self._start_receiver(listeners, tls=tls)
         except BaseException:
             self.close()
             raise
@@ -130,8 +131,8 @@ class Stage:
                 "--dsn: this database has a schema hookd already, which would be dropped; make one for this: createdb bench"
             )
 
-    def _start_receiver(self, *, tls: bool) -> None:
-        command = [sys.executable, str(HERE / "receiver.py"), "1"]
+    def _start_receiver(self, listeners: int, *, tls: bool) -> None:
+        command = [sys.executable, str(HERE / "receiver.py"), str(listeners)]
         if tls:
             import trustme  # noqa: PLC0415 - only where it is asked for
 
@@ -182,7 +183,7 @@ class Stage:
         await connection.execute("drop schema if exists hookd cascade")
         await connection.close()
 
-    async def fresh_database(self, like: str | None = None) -> str:
+    async def fresh_database(self, like: str | None = None, *, migrated: bool = True) -> str:
         """Go on in a new database, with nothing but the schema or a copy of another one; returns its name."""
         if self.elsewhere:
             await self._drop_schema()
@@ -201,7 +202,7 @@ class Stage:
             await connection.execute(f"create database {name} template {like} strategy file_copy")
         await connection.close()
         self._use(name)
-        if like is None:
+        if like is None and migrated:
             connection = await asyncpg.connect(self.dsn)
             await migrate(connection)
             await connection.close()
@@ -224,7 +225,7 @@ class Stage:
         """Each is a lane of its own; of a receiver elsewhere there are as many as it has ports."""
         if self.receiver is None:
             return f"{self._receiver_host}:{self.ports[number % len(self.ports)]}"
-        return f"h{number}.bench.localhost:{self.ports[1 if tls else 0]}"
+        return f"h{number}.bench.localhost:{self.ports[-1 if tls else 0]}"
 
     async def add_endpoints(
         self,
@@ -274,9 +275,13 @@ class Stage:
 
     def child(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """A Python process on the core of its own."""
+        return self.program(sys.executable, *command, **environment)
+
+    def program(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A process on the core of its own."""
         core = self.own_core
         child = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             env=os.environ | {"PYTHONPATH": str(HERE.parent)} | environment,
             cwd=self.folder,
             stdout=subprocess.PIPE,
