@@ -1,7 +1,7 @@
 """
 From an event's commit to its arrival: idle, and under load up to saturation.
 
-    python bench/latency.py [--idle 300] [--seconds 8] [--loads 25,50,75,90] [--committers 8] [--json]
+    python bench/latency.py [--idle 300] [--seconds 8] [--loads 25,50,75,90] [--committers 16] [--json]
                             [--dsn …] [--target …]
 
 *Idle*: single events, one after another, 20 to 200 ms apart.  From just before the INSERT is sent to the arrival at the
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=300, help="single events")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
     parser.add_argument("--loads", default="25,50,75,90", help="per cent of saturation; empty for none")
-    parser.add_argument("--committers", type=int, default=8)
+    parser.add_argument("--committers", type=int, default=16)
     parser.add_argument("--json", action="store_true")
     elsewhere(parser)
     given = parser.parse_args()
