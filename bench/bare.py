@@ -4,7 +4,8 @@ The baseline: a tuned loop around ``aiohttp.ClientSession.post``, with no databa
     python bench/bare.py '{"urls": […], "requests": 40000, "concurrency": 500, "payload": 1024, "ca_file": ""}'
 
 Tuned: uvloop, no connection limit, connections warm, constant headers, the garbage collector frozen and its thresholds
-raised as hookd's are.  Prints requests, seconds, CPU seconds and what it waited for its core as JSON.
+raised as hookd's are.  Prints a line when it is warm, then requests, seconds, CPU seconds and how much of its core it
+wanted, and did not get, as JSON.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ async def main(wanted: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        print("warm", flush=True)
         core = wanted.get("core")
         before, cpu = used(core=core), time.process_time()
         await batch(wanted["requests"])
         spent, cpu = used(core=core) - before, time.process_time() - cpu
         print(json.dumps({
-            "requests": wanted["requests"], "seconds": spent.seconds, "cpu_s": cpu, "wanted": spent.wanted,
+            "requests": wanted["requests"], "seconds": spent.seconds, "cpu_s": cpu, "wanted": spent.wanted, "displaced": spent.displaced,
         }))  # fmt: skip
 
 

@@ -19,6 +19,9 @@ BUSY = 0.85
 SATURATED = 0.9
 """A receiver (or producer) that ran, or waited for its core, for more than this has no time left: its queue is measured."""
 
+UNEVEN = 0.1
+"""Others had so much more of one core than of the other beside it: what is compared is who was disturbed."""
+
 HERTZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -45,6 +48,11 @@ class Used:
     def wanted(self) -> float:
         """Of a core, with what it did not get."""
         return (self.cpu_s + self.waited_s + self.taken_s) / self.seconds
+
+    @property
+    def displaced(self) -> float:
+        """Of a core, that others had while it was ready to run."""
+        return (self.waited_s + self.taken_s) / self.seconds
 
     def __sub__(self, earlier: Used) -> Used:
         return Used(

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from cores import SATURATED, used
+from cores import SATURATED, UNEVEN, used
 from stage import DEADLINE_S, HERE, INSERT, Arrivals, Stage
 
 if TYPE_CHECKING:
@@ -139,20 +139,21 @@ class Peers:
     async def _watch(self, process: subprocess.Popen[str], deliveries: int) -> dict[str, Any]:
         arrivals = Arrivals(self.stage)
         until = time.monotonic() + FIRST_S
-        before = used(process.pid)
+        core = self.stage.own_core
+        before = used(process.pid, core)
         start, tenth, receiver, postgres = 0, max(1, deliveries // 10), {}, 0.0
         while await arrivals.look() < deliveries:
             if process.poll() is not None:
                 log = (self.stage.folder / "stderr.log").read_text()
                 raise Missing(f"it ended with status {process.returncode}: {_last_line(log)}")
             if not start and arrivals.count >= tenth:
-                start, before, receiver = arrivals.count, used(process.pid), arrivals.now
+                start, before, receiver = arrivals.count, used(process.pid, core), arrivals.now
                 postgres = self.stage.postgres_cpu_s()
                 until = time.monotonic() + self.seconds
             if time.monotonic() > until:
                 break
             await asyncio.sleep(0.02)
-        spent, postgres = used(process.pid) - before, self.stage.postgres_cpu_s() - postgres
+        spent, postgres = used(process.pid, core) - before, self.stage.postgres_cpu_s() - postgres
         arrivals.close()
         count = arrivals.count - start
         if not start or not count:
@@ -165,6 +166,7 @@ class Peers:
             "deliveries": count,
             "cpu_us": spent.cpu_s / count * 1e6,
             "core": spent.share,
+            "displaced": spent.displaced,
             "postgres_us": postgres / count * 1e6,
             "receiver_wanted": (now["cpu_s"] - receiver["cpu_s"] + now["waited_s"] - receiver["waited_s"]) / spent.seconds,
         }  # fmt: skip
@@ -254,6 +256,11 @@ def _figures(rounds: dict[str, list[dict[str, Any]]], skipped: dict[str, str]) -
         f"the receiver had no time to spare beside {name} ({m['receiver_wanted']:.0%} of its core wanted)"
         for name, m in medians.items()
         if m["receiver_wanted"] > SATURATED
+    ]
+    troubles += [
+        f"others had {m['displaced']:.0%} of the core of {name} and {medians['hookd']['displaced']:.0%} of hookd's"
+        for name, m in medians.items()
+        if m["per_s"] == best and abs(m["displaced"] - medians["hookd"]["displaced"]) > UNEVEN
     ]
     return {
         "goal": GOAL, "queues": medians, "rounds": rounds, "skipped": skipped, "troubles": troubles,

@@ -11,7 +11,7 @@ opened its connections, and of the daemon's deliveries the first some thousand a
 PostgreSQL has every result; results that were unwritten when it began are its too, which is to its disadvantage.
 
 A ratio is printed only where both figures are those of the clients: the loop had, or wanted, its core nearly all of the
-time, and the receiver did not (``cores.py``).  Else the exit status is 2.
+time, the receiver did not, and others disturbed both alike (``cores.py``).  Else the exit status is 2.
 
 ``--matrix`` goes from this case along each axis: concurrency 50 and 2,000, hosts 1 and 1,000, payloads of 200 B,
 20 KiB and 200 KiB, TLS; with ``full`` through all 72 combinations.  The counts are smaller the larger the payload is.
@@ -33,7 +33,7 @@ from itertools import product
 from typing import Any
 
 import asyncpg
-from cores import BUSY, SATURATED
+from cores import BUSY, SATURATED, UNEVEN
 from stage import DEADLINE_S, HERE, Arrivals, Stage, elsewhere, raise_descriptors
 
 FLOOR = 1.8
@@ -97,7 +97,6 @@ class Throughput:
     def bare(self, case: Case, deliveries: int) -> dict[str, Any]:
         scheme = "https" if case.tls else "http"
         hosts = [self.stage.host(n, tls=case.tls) for n in range(case.hosts)]
-        before = self.stage.stats()["now"]
         process = self.stage.child(
             str(HERE / "bare.py"),
             json.dumps({
@@ -106,6 +105,9 @@ class Throughput:
                 "ca_file": self.stage.ca_file if case.tls else "",
             }),
         )  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = self.stage.stats()["now"]
         out, _ = process.communicate(timeout=DEADLINE_S)
         if process.returncode:
             raise SystemExit(
@@ -119,6 +121,7 @@ class Throughput:
             "cpu_us": found["cpu_s"] / found["requests"] * 1e6,
             "core": found["cpu_s"] / found["seconds"],
             "wanted": found["wanted"],
+            "displaced": found["displaced"],
             "receiver": _receiver(before, after["now"], after["count"], per_s),
         }
 
@@ -163,6 +166,7 @@ class Throughput:
             "postgres_us": postgres / measured * 1e6,
             "core": spent.share,
             "wanted": spent.wanted,
+            "displaced": spent.displaced,
             "resident_mb": daemon.resident_mb(most=True),
             "receiver": _receiver(before, arrivals.now, measured, per_s),
         }
@@ -198,6 +202,10 @@ def troubles(bare: dict[str, Any], whole: dict[str, Any]) -> list[str]:
         for name, f in (("the bare client", bare), ("hookd", whole))
         if f["receiver"]["wanted"] > SATURATED
     ]
+    if abs(bare["displaced"] - whole["displaced"]) > UNEVEN:
+        found.append(
+            f"others had {bare['displaced']:.0%} of the bare client's core and {whole['displaced']:.0%} of hookd's"
+        )
     return found
 
 
@@ -271,7 +279,7 @@ def _print(f: dict[str, Any]) -> None:
     bare, whole = f["bare"], f["hookd"]
     print(f"{f['case']}; {f['deliveries']:,} deliveries, {len(f['rounds'])} rounds")
     for name, c in (("bare ClientSession.post", bare), ("hookd, settled", whole)):
-        print(f"  {name:24}{c['per_s']:8,.0f}/s   {c['cpu_us']:6.1f} µs CPU each, {c['core']:.2f} of its core"
+        print(f"  {name:24}{c['per_s']:8,.0f}/s   {c['cpu_us']:6.1f} µs CPU each, {c['core']:.2f} of its core, others {c['displaced']:.2f}"
               f"   receiver {c['receiver']['cpu_us']:.1f} µs each, {1 - c['receiver']['wanted']:.0%} of its core to spare")  # fmt: skip
     print(f"  {'PostgreSQL':24}{'':10}   {whole['postgres_us']:6.1f} µs CPU each")
     if f["ratio"] is None:
