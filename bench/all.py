@@ -52,19 +52,18 @@ class Script:
 
 SCRIPTS = (
     Script("throughput", "--rounds 3", "--deliveries 3000 --rounds 1", 120),
+    Script("matrix", "--matrix --rounds 1 --deliveries 16000", "--matrix --rounds 1 --deliveries 1000", 200, "throughput.py"),
     Script("latency", "--idle 200 --seconds 6", "--idle 20 --seconds 1 --loads 25,75", 150),
     Script("cost", "--deliveries 30000", "--deliveries 1000", 120),
-    Script("producer", "--seconds 3", "--seconds 1 --committers 1,16", 180),
     Script("profile", "--deliveries 100000", "--deliveries 30000", 90),
-    Script("peers", "--deliveries 20000 --seconds 6", "--deliveries 2000 --seconds 3 --only PgQueuer", 180),
-    Script("horizon", "--deliveries 300000", "--deliveries 10000", 180),
+    Script("producer", "--seconds 2", "--seconds 1 --committers 1,16", 180),
+    Script("peers", "--deliveries 15000 --seconds 6", "--deliveries 2000 --seconds 3 --only PgQueuer", 180),
+    Script("horizon", "--deliveries 250000", "--deliveries 10000", 180),
     Script("backlog", "--rounds 1 --deliveries 60000", "--rounds 1 --deliveries 4000 --pending 20000", 180),
-    Script("isolation", "--rounds 1 --seconds 10", "--rounds 1 --seconds 2 --only dead", 150),
+    Script("isolation", "--rounds 1 --seconds 10", "--rounds 1 --seconds 2 --only dead", 180),
     Script("inflight", "--seconds 15", "--seconds 3 --hosts 20", 90),
     Script("limits", "--seconds 20", "--seconds 5", 90),
     Script("throttled", "--rounds 1 --deliveries 40000", "--rounds 1 --deliveries 4000 --hosts 200", 120),
-    # last, because the floor case is measured above with more rounds
-    Script("matrix", "--matrix --rounds 1 --deliveries 16000", "--matrix --rounds 1 --deliveries 1000", 240, "throughput.py"),
 )  # fmt: skip
 
 STATES = {0: "met", 1: "missed", 2: "not measured"}
@@ -84,7 +83,7 @@ def run(script: Script, arguments: list[str], log: Path, most_s: float) -> dict[
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
             os.killpg(process.pid, signal.SIGINT)
             try:
-                out, _ = process.communicate(timeout=15)
+                out, _ = process.communicate(timeout=30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, _ = process.communicate()

@@ -297,12 +297,12 @@ def _backlog(found: dict[str, Figures], file: Path) -> bool:
     if "backlog" not in found:
         return False
     figure, (left, right) = _axes(2)
-    names = ("few", "many")
-    for r in found["backlog"]["rounds"]:
-        left.plot(names, [r[n]["per_s"] for n in names], "o-")
-        right.plot(names, [r[n]["peak_mb"] for n in names], "o-")
-    left.set(title="deliveries a second", xlabel="pending: 1,000 and 1,000,000")
-    right.set(title="peak of resident memory, MB", xlabel="pending: 1,000 and 1,000,000")
+    names = {"few": "1,000", "many": "1,000,000"}
+    for number, r in enumerate(found["backlog"]["rounds"], 1):
+        left.plot(list(names.values()), [r[n]["per_s"] for n in names], "o-", label=f"round {number}")
+        right.plot(list(names.values()), [r[n]["peak_mb"] for n in names], "o-", label=f"round {number}")
+    left.set(title="deliveries a second", xlabel="pending")
+    right.set(title="peak of resident memory, MB", xlabel="pending")
     for axes in (left, right):
         axes.set_ylim(bottom=0)
     return _save(figure, file)
