@@ -5,7 +5,7 @@ All load scripts, one after another, and a report of what they found: what ``mak
 
 Writes ``report.md``, ``report.json`` and the plots (SVG) into ``.bench``, with what the scripts said on stderr in
 ``NAME.log``.  The report is written anew after each script, so a run that is interrupted has one too; ``--only`` keeps
-what a report of the same size holds of the others.
+what a report of the same size, by the same scripts, holds of the others.
 
 The scripts run in the order of what they say about hookd.  Each has a time that it may take, and what does not fit into
 ``--minutes`` any more is left out, which the report says.  ``--size small`` is for trying the scripts, in two minutes or so:
@@ -17,6 +17,7 @@ Exit status: 0 all goals met, 1 a goal missed, 2 a script failed, or could not b
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -59,8 +60,9 @@ SCRIPTS = (
     Script("producer", "--seconds 2", "--seconds 1 --committers 1,16", 180),
     Script("peers", "--deliveries 15000 --seconds 6", "--deliveries 2000 --seconds 3 --only PgQueuer", 180),
     Script("horizon", "--deliveries 250000", "--deliveries 10000", 180),
-    Script("backlog", "--rounds 1 --deliveries 60000", "--rounds 1 --deliveries 4000 --pending 20000", 180),
+    Script("backlog", "--rounds 1 --deliveries 50000 --between 30000", "--rounds 1 --deliveries 4000 --pending 20000 --between 5000", 180),
     Script("isolation", "--rounds 1 --seconds 10", "--rounds 1 --seconds 2 --only dead", 180),
+    Script("failover", "--times 15", "--times 3", 90),
     Script("inflight", "--seconds 15", "--seconds 3 --hosts 20", 90),
     Script("limits", "--seconds 20", "--seconds 5", 90),
     Script("throttled", "--rounds 1 --deliveries 40000", "--rounds 1 --deliveries 4000 --hosts 200", 120),
@@ -139,13 +141,21 @@ def stolen() -> float:
     return fields[7] / os.sysconf("SC_CLK_TCK")
 
 
+def source() -> str:
+    """Tells the scripts as they are from any others."""
+    digest = hashlib.sha256()
+    for path in sorted(HERE.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def kept(out: Path, size: str) -> dict[str, Any]:
-    """What the last report of this size holds."""
+    """What the last report of this size and these scripts holds."""
     try:
         before = json.loads((out / "report.json").read_text())
     except (OSError, ValueError):
         return {}
-    return dict(before["scripts"]) if before.get("size") == size else {}
+    return dict(before["scripts"]) if (before.get("size"), before.get("source")) == (size, source()) else {}
 
 
 def main() -> None:
@@ -161,7 +171,7 @@ def main() -> None:
         parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(s.name for s in SCRIPTS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     report = {
-        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "size": given.size, "machine": machine(),
+        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "size": given.size, "source": source(), "machine": machine(),
         "scripts": kept(given.out, given.size) if names else {},
     }  # fmt: skip
     until = time.monotonic() + given.minutes * 60 - PLOTS_S

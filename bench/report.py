@@ -54,6 +54,8 @@ GOALS = (
     Goal("deliveries/s at 1,000,000 pending against 1,000", "backlog", 0.95, ">=", lambda f: f["speed"], "{:.2f}x"),
     Goal("peak memory at 1,000,000 pending against 1,000", "backlog", 1.1, "<=", lambda f: f["memory"], "{:.2f}x"),
     Goal("healthy hosts' p99 beside a dead one that owns 90 % of the backlog, against without", "isolation", 1.2, "<=", lambda f: f["hole"]["ratio"] if "hole" in f else None, "{:.2f}x"),
+    Goal("kill -9 of a daemon to the next one's first delivery: p99, ms", "failover", 250, "<=", lambda f: f["p99_ms"], "{:.0f}"),
+    Goal("database connections of a daemon with 500 in flight", "throughput", 4, "<=", lambda f: f["cases"][0]["hookd"]["connections"], "{:.0f}"),
     Goal("producers' commits/s beside a busy daemon against a plain insert there (worst)", "producer", 0.7, ">=", lambda f: min(r["busy_beside"] for r in f["rows"])),
     Goal("resident memory with 10,000 slow exchanges in flight, MB", "inflight", 200, "<=", lambda f: f.get("resident_mb"), "{:.0f}"),
     Goal("free hosts' deliveries/s beside 10,000 throttled ones, against without", "throttled", 0.97, ">=", lambda f: f["ratio"], "{:.2f}x"),
@@ -227,6 +229,10 @@ def _axes(count: int) -> tuple[Any, Any]:
     return plt.subplots(1, count, figsize=(4.5 * count, 3.2), layout="constrained")
 
 
+def _from_zero(axes: Any) -> None:
+    axes.set_ylim(0, axes.dataLim.ymax * 1.08)
+
+
 def _save(figure: Any, file: Path) -> bool:
     from matplotlib import pyplot as plt  # noqa: PLC0415 - see plot
 
@@ -257,7 +263,7 @@ def _by_concurrency(found: dict[str, Figures], file: Path) -> bool:
     for axes, title in ((left, "deliveries a second"), (right, "CPU a delivery, µs")):
         axes.set(xscale="log", xlabel="in flight", title=title, xticks=at, xticklabels=map(str, at))
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.legend()
     return _save(figure, file)
 
@@ -274,6 +280,8 @@ def _by_load(found: dict[str, Figures], file: Path) -> bool:
     for key, label in (("p50_ms", "p50"), ("p99_ms", "p99"), ("p999_ms", "p99.9")):
         axes.plot([0, *(load["share"] * 100 for load in loads)], [idle[key], *(load[key] for load in loads)], "o-", label=label)  # fmt: skip
     axes.set(yscale="log", xlabel="% of saturation (0: idle)", title="from due to arrival, ms")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     return _save(figure, file)
 
@@ -286,9 +294,9 @@ def _memory(found: dict[str, Figures], file: Path) -> bool:
     if len(points) < 2:
         return False
     figure, axes = _axes(1)
-    axes.plot(*zip(*points, strict=True), "o-")
+    axes.plot(*zip(*sorted(points), strict=True), "o-")
     axes.set(xscale="log", xlabel="in flight", title="peak of resident memory, MB")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     return _save(figure, file)
 
 
@@ -297,14 +305,15 @@ def _backlog(found: dict[str, Figures], file: Path) -> bool:
     if "backlog" not in found:
         return False
     figure, (left, right) = _axes(2)
-    names = {"few": "1,000", "many": "1,000,000"}
-    for number, r in enumerate(found["backlog"]["rounds"], 1):
-        left.plot(list(names.values()), [r[n]["per_s"] for n in names], "o-", label=f"round {number}")
-        right.plot(list(names.values()), [r[n]["peak_mb"] for n in names], "o-", label=f"round {number}")
+    at = [n for n, _ in found["backlog"]["curve"]]
+    for axes, key in ((left, "per_s"), (right, "peak_mb")):
+        axes.plot(at, [f[key] for _, f in found["backlog"]["curve"]], "o-")
+        axes.set(xscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     left.set(title="deliveries a second", xlabel="pending")
     right.set(title="peak of resident memory, MB", xlabel="pending")
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
     return _save(figure, file)
 
 
@@ -316,6 +325,6 @@ def _horizon(found: dict[str, Figures], file: Path) -> bool:
     for name, label in (("control", "not held"), ("held", "held")):
         axes.plot(range(1, 11), found["horizon"][name]["tenths_per_s"], "o-", label=label)
     axes.set(title="deliveries a second", xlabel="tenth of the run")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.legend()
     return _save(figure, file)

@@ -51,6 +51,11 @@ select 'bench.made', '{"n": "' || lpad(n::text, 7, '0') || '", "fill": "' || $3 
   from generate_series(1, $1::integer) n
 """
 
+CONNECTIONS = """
+select count(*) from pg_stat_activity
+ where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'
+"""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -152,6 +157,7 @@ class Throughput:
             await asyncio.sleep(0.01)
         begun, count, before = time.monotonic(), arrivals.count, arrivals.now
         spent, postgres = daemon.used(), stage.postgres_cpu_s()
+        connections = await connection.fetchval(CONNECTIONS)
         while await arrivals.look() < total:
             await asyncio.sleep(0.02)
         settled = await stage.drained(connection)
@@ -167,6 +173,7 @@ class Throughput:
             "core": spent.share,
             "wanted": spent.wanted,
             "displaced": spent.displaced,
+            "connections": connections,
             "resident_mb": daemon.resident_mb(most=True),
             "receiver": _receiver(before, arrivals.now, measured, per_s),
         }
