@@ -62,6 +62,13 @@ select (select coalesce(sum(calls), 0) from pg_stat_statements(false) where dbid
  where d.datname = current_database()
 """
 
+STATEMENTS = """
+select regexp_replace(left(regexp_replace(query, '[[:space:]]+', ' ', 'g'), 60), '^ | $', '', 'g') as statement, calls
+  from pg_stat_statements
+ where dbid = (select oid from pg_database where datname = current_database())
+ order by calls desc limit 8
+"""
+
 WAL = """
 select "resource_manager/record_type" as what, count, record_size, fpi_size
   from pg_get_wal_stats($1::text::pg_lsn, $2::text::pg_lsn)
@@ -164,6 +171,8 @@ async def measured(stage: Stage, deliveries: int, payload: int) -> dict[str, Any
         figures[name] = await stretch(stage, before, await look(stage), deliveries)
     await checkpoint(stage)
     stage.stats()
+    connection = await asyncpg.connect(stage.dsn)
+    await connection.execute("select pg_stat_statements_reset()")
     before = await look(stage)
     daemon = stage.daemon(HOOKD_LIMITS__CONCURRENCY=str(IN_FLIGHT_EACH))
     arrivals = Arrivals(stage)
@@ -173,6 +182,10 @@ async def measured(stage: Stage, deliveries: int, payload: int) -> dict[str, Any
     arrivals.close()
     await asyncio.sleep(1.5)
     figures["delivered"] = await stretch(stage, before, await look(stage), 2 * deliveries)
+    figures["delivered"]["by_statement"] = {
+        r["statement"]: r["calls"] / (2 * deliveries) for r in await connection.fetch(STATEMENTS)
+    }
+    await connection.close()
     await stage.nothing_lost(2 * deliveries, arrivals.count)
     return figures
 
@@ -216,6 +229,8 @@ def _print(figures: dict[str, Any], given: argparse.Namespace) -> None:
     for name, f in figures["stretches"].items():
         kinds = ", ".join(f"{kind} {size:,.0f}" for kind, size in f["wal_by_kind"].items())
         print(f"  WAL {name}: {kinds}")
+    for statement, each in figures["stretches"]["delivered"]["by_statement"].items():
+        print(f"  {each:.4f} of {statement}")
     for name, goal in GOALS.items():
         print(f"  {name} {figures[name]:,.4g}, goal {goal:g}")
 

@@ -85,6 +85,8 @@ class Stage:
         self._databases = 0
         self._children: list[subprocess.Popen[str]] = []
         self.elsewhere = bool(dsn)
+        self._schema_is_ours = False
+        """Only then may it be dropped."""
         self.server: EmbeddedServer | None = None
         self.receiver: subprocess.Popen[str] | None = None
         self.ca_file = ""
@@ -128,10 +130,10 @@ class Stage:
         taken = await connection.fetchval("select exists (select from pg_namespace where nspname = 'hookd')")
         await connection.close()
         if taken:
-            self.elsewhere = False
             raise SystemExit(
                 "--dsn: this database has a schema hookd already, which would be dropped; make one for this: createdb bench"
             )
+        self._schema_is_ours = True
 
     def _start_receiver(self, listeners: int, *, tls: bool) -> None:
         command = [sys.executable, str(HERE / "receiver.py"), str(listeners)]
@@ -174,7 +176,7 @@ class Stage:
         if self.receiver is not None:
             self.receiver.terminate()
             self.receiver.wait()
-        if self.elsewhere:
+        if self._schema_is_ours:
             asyncio.run(self._drop_schema())
         if self.server is not None:
             self.server.leave()
