@@ -226,7 +226,8 @@ def plot(found: dict[str, Figures], out: Path) -> list[tuple[str, str]]:
 def _axes(count: int) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt  # noqa: PLC0415 - see plot
 
-    return plt.subplots(1, count, figsize=(4.5 * count, 3.2), layout="constrained")
+    pair: tuple[Any, Any] = plt.subplots(1, count, figsize=(4.5 * count, 3.2), layout="constrained")
+    return pair
 
 
 def _from_zero(axes: Any) -> None:
