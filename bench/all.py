@@ -53,14 +53,14 @@ class Script:
 
 SCRIPTS = (
     Script("throughput", "--rounds 3", "--deliveries 3000 --rounds 1", 120),
-    Script("matrix", "--matrix --rounds 1 --deliveries 16000", "--matrix --rounds 1 --deliveries 1000", 200, "throughput.py"),
+    Script("matrix", "--matrix --rounds 1 --deliveries 12000", "--matrix --rounds 1 --deliveries 1000", 200, "throughput.py"),
     Script("latency", "--idle 200 --seconds 6", "--idle 20 --seconds 1 --loads 25,75", 150),
     Script("cost", "--deliveries 30000", "--deliveries 1000", 120),
     Script("profile", "--deliveries 100000", "--deliveries 30000", 90),
     Script("producer", "--seconds 2", "--seconds 1 --committers 1,16", 180),
     Script("peers", "--deliveries 15000 --seconds 6", "--deliveries 2000 --seconds 3 --only PgQueuer", 180),
-    Script("horizon", "--deliveries 250000", "--deliveries 10000", 180),
-    Script("backlog", "--rounds 1 --deliveries 50000 --between 30000", "--rounds 1 --deliveries 4000 --pending 20000 --between 5000", 180),
+    Script("horizon", "--deliveries 500000", "--deliveries 10000", 200),
+    Script("backlog", "--rounds 1 --deliveries 40000 --between 30000", "--rounds 1 --deliveries 4000 --pending 20000 --between 5000", 180),
     Script("isolation", "--rounds 1 --seconds 10", "--rounds 1 --seconds 2 --only dead", 180),
     Script("failover", "--times 15", "--times 3", 90),
     Script("inflight", "--seconds 15", "--seconds 3 --hosts 20", 90),
