@@ -20,7 +20,10 @@ SATURATED = 0.9
 """A receiver (or producer) that ran, or waited for its core, for more than this has no time left: its queue is measured."""
 
 UNEVEN = 0.1
-"""Others had so much more of one core than of the other beside it: what is compared is who was disturbed."""
+"""Others had so much more of the core in one run than in the other beside it: what is compared is who was disturbed."""
+
+DISTURBED = 0.5
+"""Others had so much of the core that no rate says anything."""
 
 HERTZ = os.sysconf("SC_CLK_TCK")
 
@@ -86,3 +89,10 @@ def taken_s(core: int | None) -> float:
     except OSError:
         return 0.0
     return next((int(line.split()[8]) / HERTZ for line in lines if line.startswith(f"cpu{core} ")), 0.0)
+
+
+def disturbance(one: str, displaced: float, other: str, displaced_there: float) -> list[str]:
+    """Why two rates may not be compared, for what others had of the core meanwhile; empty if they may."""
+    if max(displaced, displaced_there) <= DISTURBED and abs(displaced - displaced_there) <= UNEVEN:
+        return []
+    return [f"others had {displaced:.0%} of the core of {one}, and {displaced_there:.0%} of that of {other}"]

@@ -34,7 +34,7 @@ from typing import Any
 
 import asyncpg
 from cores import SATURATED
-from stage import DEADLINE_S, Arrivals, Producer, Stage, elsewhere, percentile
+from stage import DEADLINE_S, Arrivals, Daemon, Producer, Stage, elsewhere, percentile
 
 HOSTS = 20
 IN_FLIGHT_EACH = 50
@@ -148,11 +148,15 @@ class OpenLoop:
         await connection.close()
 
 
-async def loaded(stage: Stage, rate: float, share: float, seconds: float, committers: int) -> dict[str, Any]:
+async def loaded(
+    stage: Stage, daemon: Daemon, rate: float, share: float, seconds: float, committers: int
+) -> dict[str, Any]:
     ahead_s = stage.receiver_ahead_s()
     before = stage.stats()["now"]
+    spent = daemon.used()
     loop = OpenLoop(stage, rate * share, seconds, warm_up=WARM_UP_S)
     await loop.run(committers)
+    spent = daemon.used() - spent
     lags: list[float] = []
     arrived, deadline = 0, time.monotonic() + DEADLINE_S
     while arrived < loop.count:
@@ -179,6 +183,8 @@ async def loaded(stage: Stage, rate: float, share: float, seconds: float, commit
         **percentiles([lag - ahead_s for lag in lags]),
         "committed": percentiles(loop.committed),
         "late_p99_ms": late_s * 1000,
+        "core": spent.share,
+        "displaced": spent.displaced,
         "troubles": troubles,
     }
 
@@ -208,7 +214,7 @@ def main() -> None:
         for share in shares:
             figures["loads"].append(
                 asyncio.run(
-                    loaded(stage, figures["saturation_per_s"], share, given.seconds, given.committers)
+                    loaded(stage, daemon, figures["saturation_per_s"], share, given.seconds, given.committers)
                 )
             )
         daemon.stop()
@@ -229,13 +235,15 @@ def _print(figures: dict[str, Any]) -> None:
           f"p99 {alone['p99_ms']:.2f} ms (floor {FLOORS['p99_ms']:g}), {alone['events']:,} events")  # fmt: skip
     if figures["loads"]:
         print(f"saturation {figures['saturation_per_s']:,.0f}/s; from the drawn moment, ms:")
-        print("  load       /s   events      p50      p99    p99.9   committed p50, p99")
+        print(
+            "  load       /s   events      p50      p99    p99.9   committed p50, p99   the daemon's core: it, others"
+        )
     for f in figures["loads"]:
         if f["troubles"]:
             print(f"  {f['share']:4.0%} {f['per_s']:8,.0f}   {'; '.join(f['troubles'])}")
         else:
             print(f"  {f['share']:4.0%} {f['per_s']:8,.0f} {f['events']:8,} {f['p50_ms']:8.2f} {f['p99_ms']:8.2f} {f['p999_ms']:8.2f}"
-                  f"   {f['committed']['p50_ms']:.2f}, {f['committed']['p99_ms']:.2f}")  # fmt: skip
+                  f"   {f['committed']['p50_ms']:.2f}, {f['committed']['p99_ms']:.2f}   {f['core']:.2f}, {f['displaced']:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

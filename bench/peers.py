@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from cores import SATURATED, UNEVEN, used
+from cores import SATURATED, disturbance, used
 from stage import DEADLINE_S, HERE, INSERT, Arrivals, Stage
 
 if TYPE_CHECKING:
@@ -258,9 +258,10 @@ def _figures(rounds: dict[str, list[dict[str, Any]]], skipped: dict[str, str]) -
         if m["receiver_wanted"] > SATURATED
     ]
     troubles += [
-        f"others had {m['displaced']:.0%} of the core of {name} and {medians['hookd']['displaced']:.0%} of hookd's"
+        trouble
         for name, m in medians.items()
-        if m["per_s"] == best and abs(m["displaced"] - medians["hookd"]["displaced"]) > UNEVEN
+        if m["per_s"] == best
+        for trouble in disturbance(name, m["displaced"], "hookd", medians["hookd"]["displaced"])
     ]
     return {
         "goal": GOAL, "queues": medians, "rounds": rounds, "skipped": skipped, "troubles": troubles,

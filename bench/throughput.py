@@ -33,7 +33,7 @@ from itertools import product
 from typing import Any
 
 import asyncpg
-from cores import BUSY, SATURATED, UNEVEN
+from cores import BUSY, SATURATED, disturbance
 from stage import DEADLINE_S, HERE, Arrivals, Stage, elsewhere, raise_descriptors
 
 FLOOR = 1.8
@@ -209,10 +209,7 @@ def troubles(bare: dict[str, Any], whole: dict[str, Any]) -> list[str]:
         for name, f in (("the bare client", bare), ("hookd", whole))
         if f["receiver"]["wanted"] > SATURATED
     ]
-    if abs(bare["displaced"] - whole["displaced"]) > UNEVEN:
-        found.append(
-            f"others had {bare['displaced']:.0%} of the bare client's core and {whole['displaced']:.0%} of hookd's"
-        )
+    found += disturbance("the bare client", bare["displaced"], "hookd", whole["displaced"])
     return found
 
 
