@@ -18,17 +18,8 @@ demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becom
 test: $(VENV)/.dev ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 
-# Sizes for the whole to take less than 15 minutes on 2 cores; bench/README.md says what each script asks.
-BENCHES := "throughput.py --rounds 3" "isolation.py --rounds 1" "throttled.py --rounds 1" "backlog.py --rounds 1" \
-           "horizon.py --deliveries 500000" "limits.py --seconds 40" "inflight.py --seconds 25"
-
-bench: $(VENV)/.dev ## the load scripts, one after another; prints figures against their goals (up to 15 minutes)
-	@missed=; \
-	for script in $(BENCHES); do \
-	  echo "== bench/$$script"; \
-	  $(BIN)/python bench/$$script || missed="$$missed $${script%% *}"; \
-	done; \
-	if [ -n "$$missed" ]; then echo "missed or failed:$$missed" >&2; exit 1; fi
+bench: $(VENV)/.bench ## the load scripts (up to 15 minutes); a report with plots in .bench
+	$(BIN)/python bench/all.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -40,6 +31,8 @@ lock: ## renew the lock files from pyproject.toml (needs uv)
 	  --extra embedded pyproject.toml build.in -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --extra embedded --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --extra embedded --extra bench -c requirements-dev.lock pyproject.toml build.in -o requirements-bench.lock
 
 clean: ## remove .venv and caches (not .hookd, which holds data)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -57,4 +50,8 @@ $(VENV)/.run: requirements.lock pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.lock pyproject.toml | $(VENV)/bin/python
 	@sh .ci/install $(VENV) requirements-dev.lock
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: requirements-bench.lock pyproject.toml | $(VENV)/bin/python
+	@sh .ci/install $(VENV) requirements-bench.lock
 	@touch $@ $(VENV)/.run

@@ -1,12 +1,14 @@
 """
 Whether speed or memory depend on how much is pending: 1,000,000 deliveries against 1,000.
 
-    python bench/backlog.py [--deliveries 100000] [--rounds 3] [--pending 1000000] [--few 1000] [--all] [--json]
+    python bench/backlog.py [--deliveries 100000] [--rounds 3] [--pending 1000000] [--few 1000]
+                            [--between 10000,100000] [--all] [--json]
 
 Each round starts the daemon on a copy of a database with so many deliveries pending at 8 free hosts, and a
 producer keeps them at that number, by inserting as many as arrive.  After two seconds to warm up, deliveries
 a second are taken over the next 100,000 arrivals; then the daemon's peak of resident memory, and that every
-row inserted is either logged or pending.  Rounds with many and with few take turns.
+row inserted is either logged or pending.  Rounds with many and with few take turns; ``--between`` adds a round for each of
+these numbers, for the curve.
 
 The producer runs in both rounds, so that they differ in nothing but what is pending: PostgreSQL and the
 receiver have the core that the producer's inserts cost, and a backlog that only shrinks would be compared
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pending", type=int, default=1_000_000)
     parser.add_argument("--few", type=int, default=1000)
+    parser.add_argument("--between", default="", help="more numbers pending, with commas between")
     parser.add_argument("--all", action="store_true", help="also drain all that is pending")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -140,6 +143,11 @@ def main() -> None:
                     "few": with_few,
                 }
             )
+        curve = [(given.few, rounds[0]["few"])]
+        for pending in sorted(int(n) for n in given.between.split(",") if n):
+            like = asyncio.run(prepared(stage, pending))
+            curve.append((pending, asyncio.run(steady(stage, like, pending, given.deliveries))))
+        figures["curve"] = [*curve, (given.pending, rounds[0]["many"])]
         if given.all:
             figures["all"] = asyncio.run(drained(stage, many, given.pending))
     finally:
@@ -169,6 +177,10 @@ def _print(figures: dict[str, Any], given: argparse.Namespace) -> None:
         print(f"  {f['per_s']:7,.0f}/s -> {m['per_s']:7,.0f}/s ({r['speed']:.2f}x)   CPU {f['cpu_us']:.0f} -> {m['cpu_us']:.0f} µs each, core {f['core']:.2f} -> {m['core']:.2f}"
               f"   peak {f['peak_mb']:.0f} -> {m['peak_mb']:.0f} MB ({r['memory']:.2f}x)"
               f"   first delivery {f['first_s']:.2f} -> {m['first_s']:.2f} s ({m['first_from_ready_s']:+.2f} s from ready)")  # fmt: skip
+    for pending, f in figures["curve"][1:-1]:
+        print(
+            f"  {pending:,} pending: {f['per_s']:,.0f}/s   CPU {f['cpu_us']:.0f} µs each   peak {f['peak_mb']:.0f} MB"
+        )
     if "all" in figures:
         a = figures["all"]
         print(f"  all {given.pending:,} drained: {a['per_s']:,.0f}/s, tenths {' '.join(f'{t:,.0f}' for t in a['tenths_per_s'])}"

@@ -1,10 +1,11 @@
 """
 The baseline: a tuned loop around ``aiohttp.ClientSession.post``, with no database, no signing and no limits.
 
-    python bench/bare.py URLS-AS-JSON REQUESTS CONCURRENCY PAYLOAD-BYTES
+    python bench/bare.py '{"urls": […], "requests": 40000, "concurrency": 500, "payload": 1024, "ca_file": ""}'
 
-Tuned: uvloop, no connection limit, no DNS cache look-ups, constant headers, the garbage collector frozen and its
-thresholds raised as hookd's are.  Prints requests, seconds and CPU seconds as JSON.
+Tuned: uvloop, no connection limit, connections warm, constant headers, the garbage collector frozen and its thresholds
+raised as hookd's are.  Prints a line when it is warm, then requests, seconds, CPU seconds and how much of its core it
+wanted, and did not get, as JSON.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import ssl
 import sys
 import time
+from typing import Any
 
 import aiohttp
 import uvloop
+from cores import used
 
 from hookd.daemon import GC_THRESHOLDS
 
 WARM_UP = 2000
 
 
-async def main(urls: list[str], requests: int, concurrency: int, size: int) -> None:
+async def main(wanted: dict[str, Any]) -> None:
+    urls: list[str] = wanted["urls"]
+    concurrency: int = wanted["concurrency"]
+    fill = b"x" * max(0, wanted["payload"] - 32)
     bodies = [
-        b'{"type":"bench.made","timestamp":"2026-11-23T20:15:00.000Z","data":%b}'
-        % (b'{"n": %06d, "fill": "%b"}' % (n, b"x" * size))
-        for n in range(min(requests, 1000))
+        b'{"type":"bench.made","timestamp":"2026-11-23T20:15:00.000Z","data":{"n": "%07d", "fill": "%b"}}'
+        % (n, fill)
+        for n in range(min(wanted["requests"], 1000 if wanted["payload"] < 10_000 else 50))
     ]
     headers = {
         "content-type": "application/json",
@@ -36,7 +43,8 @@ async def main(urls: list[str], requests: int, concurrency: int, size: int) -> N
         "webhook-timestamp": "1732392900",
         "webhook-signature": "v1,K5oZfzN95Z9UVu1EsfQmfVNQhnkZ2pj9o9NDN/H/pI4=",
     }
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    context = ssl.create_default_context(cafile=wanted["ca_file"]) if wanted["ca_file"] else True
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=context)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
 
         async def work(numbers: list[int]) -> None:
@@ -46,21 +54,26 @@ async def main(urls: list[str], requests: int, concurrency: int, size: int) -> N
                     urls[n % len(urls)], data=bodies[n % len(bodies)], headers=headers
                 ) as answer:
                     await answer.read()
+                    if answer.status != 200:
+                        raise SystemExit(f"the receiver answered {answer.status}")
 
         async def batch(count: int) -> None:
             numbers = list(range(count))
             await asyncio.gather(*(work(numbers) for _ in range(concurrency)))
 
-        await batch(WARM_UP)
+        await batch(max(WARM_UP, 2 * concurrency, 2 * len(urls)))
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        begun, cpu = time.perf_counter(), time.process_time()
-        await batch(requests)
+        print("warm", flush=True)
+        core = wanted.get("core")
+        before, cpu = used(core=core), time.process_time()
+        await batch(wanted["requests"])
+        spent, cpu = used(core=core) - before, time.process_time() - cpu
         print(json.dumps({
-            "requests": requests, "seconds": time.perf_counter() - begun, "cpu_s": time.process_time() - cpu,
+            "requests": wanted["requests"], "seconds": spent.seconds, "cpu_s": cpu, "wanted": spent.wanted, "displaced": spent.displaced,
         }))  # fmt: skip
 
 
 if __name__ == "__main__":
-    uvloop.run(main(json.loads(sys.argv[1]), *map(int, sys.argv[2:5])))
+    uvloop.run(main(json.loads(sys.argv[1])))

@@ -1,17 +1,23 @@
 """What all load scripts share: a PostgreSQL, a receiver, a daemon, each on its core, and how to ask them.
 
 The daemon (or the client that it is compared with) has one core of its own; the receiver, PostgreSQL and the script share
-the others.  Load goes to loopback only: host names are ``h17.localhost``, which is loopback by RFC 6761.
+the others.  Load goes to loopback only: host names are ``h17.bench.localhost``, which is loopback by RFC 6761.
+
+Two things may be elsewhere.  ``--dsn`` names a database made for this, without a schema ``hookd``, which is made there and
+dropped at the end.  ``--target`` names a ``bench/receiver.py`` that somebody started to be loaded: whatever else answers
+there is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,18 +26,23 @@ import urllib.request
 from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import asyncpg
+from cores import used
 
-from hookd.postgres.embedded import open_server
+from hookd.postgres.embedded import EmbeddedServer, open_server
 from hookd.postgres.migrate import migrate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import argparse
+    from collections.abc import Callable, Mapping, Sequence
+
+    from cores import Used
 
 HERE = Path(__file__).parent
 DEADLINE_S = 300
+PR_SET_PTRACER = 0x59616D61
 
 ADD_ENDPOINTS = """
 with added as (
@@ -55,13 +66,46 @@ select 'bench.made', json_build_object('n', n, 'fill', repeat('x', $3))::text, '
 class Stage:
     """Everything a load script needs; ``close`` it."""
 
-    def __init__(self, listeners: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        listeners: int = 1,
+        tls: bool = False,
+        settings: Mapping[str, str] | None = None,
+        dsn: str = "",
+        target: str = "",
+    ) -> None:
+        """``settings``: of PostgreSQL, beyond those that hookd's own server has."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-        self.own_core = {cores[0]} if len(cores) > 1 else None
+        self.own_core = cores[0] if len(cores) > 1 else None
         if len(cores) > 1:
             os.sched_setaffinity(0, set(cores[1:]))
         self.folder = Path(tempfile.mkdtemp(prefix="hookd-bench-"))
         self.folder.chmod(0o755)
+        self._databases = 0
+        self._children: list[subprocess.Popen[str]] = []
+        self.elsewhere = bool(dsn)
+        self._schema_is_ours = False
+        """Only then may it be dropped."""
+        self.server: EmbeddedServer | None = None
+        self.receiver: subprocess.Popen[str] | None = None
+        self.ca_file = ""
+        try:
+            if dsn:
+                self._dsn = self.dsn = dsn
+                self._database = self._first_database = ""
+                asyncio.run(self._schema_is_free())
+            else:
+                self._start_server(settings or {})
+            if target:
+                self._look_at(target)
+            else:
+                self._start_receiver(listeners, tls=tls)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_server(self, settings: Mapping[str, str]) -> None:
         self.server = open_server(str(self.folder / "pg"))
         arguments = self.server.connection_arguments()
         self._dsn = (
@@ -70,13 +114,58 @@ class Stage:
         )
         self._first_database = str(arguments["database"])
         self._use(self._first_database)
-        self.receiver = subprocess.Popen(
-            [sys.executable, str(HERE / "receiver.py"), str(listeners)], stdout=subprocess.PIPE, text=True
-        )
+        if settings:
+            asyncio.run(self._alter_system(settings))
+            self.server.leave()
+            self.server = open_server(str(self.folder / "pg"))
+
+    async def _alter_system(self, settings: Mapping[str, str]) -> None:
+        connection = await asyncpg.connect(self.dsn)
+        for name, value in settings.items():
+            await connection.execute(f"alter system set {name} = '{value}'")
+        await connection.close()
+
+    async def _schema_is_free(self) -> None:
+        connection = await asyncpg.connect(self.dsn)
+        taken = await connection.fetchval("select exists (select from pg_namespace where nspname = 'hookd')")
+        await connection.close()
+        if taken:
+            raise SystemExit(
+                "--dsn: this database has a schema hookd already, which would be dropped; make one for this: createdb bench"
+            )
+        self._schema_is_ours = True
+
+    def _start_receiver(self, listeners: int, *, tls: bool) -> None:
+        command = [sys.executable, str(HERE / "receiver.py"), str(listeners)]
+        if tls:
+            import trustme  # noqa: PLC0415 - only where it is asked for
+
+            authority = trustme.CA()
+            certificate = authority.issue_cert("*.bench.localhost")
+            self.ca_file = str(self.folder / "ca.pem")
+            authority.cert_pem.write_to_path(self.ca_file)
+            certificate.private_key_and_cert_chain_pem.write_to_path(self.folder / "receiver.pem")
+            command += ["--tls", str(self.folder / "receiver.pem")]
+        self.receiver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.receiver.stdout is not None
         self.ports: list[int] = json.loads(self.receiver.stdout.readline())
-        self._databases = 0
-        self._children: list[subprocess.Popen[str]] = []
+        self._receiver_host = "127.0.0.1"
+        self._allow = ["127.0.0.0/8"]
+
+    def _look_at(self, target: str) -> None:
+        """Take a receiver elsewhere, if it is one of ours: whoever started it wants the load."""
+        parts = urlsplit(target)
+        if parts.scheme != "http" or not parts.hostname or not parts.port:
+            raise SystemExit(f"--target: {target} is not of the form http://HOST:PORT")
+        try:
+            with urllib.request.urlopen(f"http://{parts.hostname}:{parts.port}/stats", timeout=5) as answer:
+                self.ports = json.load(answer)["ports"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"--target: no bench/receiver.py answers at {target} ({error}); nothing else is sent load to"
+            ) from None
+        self._receiver_host = parts.hostname
+        self._allow = sorted({f"{info[4][0]}" for info in socket.getaddrinfo(parts.hostname, parts.port)})
 
     def close(self) -> None:
         for child in self._children:
@@ -84,13 +173,28 @@ class Stage:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-        self.receiver.terminate()
-        self.receiver.wait()
-        self.server.leave()
+        if self.receiver is not None:
+            self.receiver.terminate()
+            self.receiver.wait()
+        if self._schema_is_ours:
+            asyncio.run(self._drop_schema())
+        if self.server is not None:
+            self.server.leave()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    async def fresh_database(self, like: str | None = None) -> str:
+    async def _drop_schema(self) -> None:
+        connection = await asyncpg.connect(self.dsn)
+        await connection.execute("drop schema if exists hookd cascade")
+        await connection.close()
+
+    async def fresh_database(self, like: str | None = None, *, migrated: bool = True) -> str:
         """Go on in a new database, with nothing but the schema or a copy of another one; returns its name."""
+        if self.elsewhere:
+            await self._drop_schema()
+            connection = await asyncpg.connect(self.dsn)
+            await migrate(connection)
+            await connection.close()
+            return ""
         connection = await asyncpg.connect(self.dsn)
         self._databases += 1
         name = f"bench_{self._databases}"
@@ -102,7 +206,7 @@ class Stage:
             await connection.execute(f"create database {name} template {like} strategy file_copy")
         await connection.close()
         self._use(name)
-        if like is None:
+        if like is None and migrated:
             connection = await asyncpg.connect(self.dsn)
             await migrate(connection)
             await connection.close()
@@ -121,8 +225,11 @@ class Stage:
         self._database = database
         self.dsn = self._dsn.format(database)
 
-    def host(self, number: int) -> str:
-        return f"h{number}.localhost:{self.ports[0]}"
+    def host(self, number: int, *, tls: bool = False) -> str:
+        """Each is a lane of its own; of a receiver elsewhere there are as many as it has ports."""
+        if self.receiver is None:
+            return f"{self._receiver_host}:{self.ports[number % len(self.ports)]}"
+        return f"h{number}.bench.localhost:{self.ports[-1 if tls else 0]}"
 
     async def add_endpoints(
         self,
@@ -132,13 +239,14 @@ class Stage:
         *,
         rates: Sequence[float | None] | None = None,
         concurrency: Sequence[int | None] | None = None,
+        scheme: str = "http",
     ) -> None:
         """Register an endpoint for each host, with the tenant, rate and concurrency of the same place."""
         connection = await asyncpg.connect(self.dsn)
         none = [None] * len(hosts)
         await connection.execute(
             ADD_ENDPOINTS,
-            [f"http://{host}{path}" for host in hosts], hosts, tenants, rates or none, concurrency or none,
+            [f"{scheme}://{host}{path}" for host in hosts], hosts, tenants, rates or none, concurrency or none,
         )  # fmt: skip
         await connection.close()
 
@@ -146,23 +254,44 @@ class Stage:
 
     def stats(self) -> dict[str, Any]:
         """What came since this was asked last."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/stats") as answer:
+        with urllib.request.urlopen(f"http://{self.receiver_at[0]}:{self.receiver_at[1]}/stats") as answer:
             found: dict[str, Any] = json.load(answer)
             return found
+
+    @property
+    def receiver_at(self) -> tuple[str, int]:
+        """Address and port."""
+        return self._receiver_host, self.ports[0]
+
+    def receiver_ahead_s(self) -> float:
+        """How much the receiver's wall clock is ahead of this machine's: known to half of the quickest round trip."""
+        if self.receiver is not None:
+            return 0.0
+        found = []
+        for _ in range(20):
+            begun = time.time()
+            there = self.stats()["now"]["wall"]
+            ended = time.time()
+            found.append((ended - begun, there - (begun + ended) / 2))
+        return float(min(found)[1])
 
     # The daemon.
 
     def child(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """A Python process on the core of its own."""
+        return self.program(sys.executable, *command, **environment)
+
+    def program(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A process on the core of its own."""
         core = self.own_core
         child = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             env=os.environ | {"PYTHONPATH": str(HERE.parent)} | environment,
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=(self.folder / "stderr.log").open("a"),
             text=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, core)) if core else None,  # noqa: PLW1509 - no threads here
+            preexec_fn=lambda: _settle_down(core),  # noqa: PLW1509 - no threads here
         )
         self._children.append(child)
         return child
@@ -173,7 +302,8 @@ class Stage:
         process = self.child(
             "-m", "hookd", "run",
             **{
-                "HOOKD_DATABASE__DSN": self.dsn, "HOOKD_NETWORK__ALLOW": '["127.0.0.0/8"]',
+                "HOOKD_DATABASE__DSN": self.dsn, "HOOKD_NETWORK__ALLOW": json.dumps(self._allow),
+                "HOOKD_NETWORK__CA_FILE": self.ca_file,
                 "HOOKD_ADMIN__LISTEN": "127.0.0.1:0", "HOOKD_LOG__FORMAT": "json",
             } | environment,
         )  # fmt: skip
@@ -182,7 +312,7 @@ class Stage:
         while True:
             for line in log.read_text().splitlines():
                 if f'"pid":{process.pid}' in line and '"event":"ready"' in line:
-                    return Daemon(process, json.loads(line)["admin"], begun, time.monotonic())
+                    return Daemon(process, json.loads(line)["admin"], begun, time.monotonic(), self.own_core)
             if process.poll() is not None or time.monotonic() > until:
                 raise SystemExit("the daemon did not start:\n" + log.read_text())
             time.sleep(0.01)
@@ -190,7 +320,9 @@ class Stage:
     # PostgreSQL.
 
     def postgres_cpu_s(self) -> float:
-        """CPU time of all its processes so far, those that have ended too; needs /proc."""
+        """CPU time of all its processes so far, those that have ended too; needs /proc, and 0 for one elsewhere."""
+        if self.server is None:
+            return 0.0
         postmaster = (self.folder / "pg" / "data" / "postmaster.pid").read_text().splitlines()[0]
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -223,10 +355,21 @@ class Stage:
         return time.monotonic()
 
 
+def _settle_down(core: int | None) -> None:
+    """In a child: take its core, and let a profiler of the same user trace it (Yama allows parents only)."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, -1, 0, 0, 0)
+
+
 class Daemon:
     """A running daemon."""
 
-    def __init__(self, process: subprocess.Popen[str], admin: str, begun: float, ready: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], admin: str, begun: float, ready: float, core: int | None
+    ) -> None:
+        self._core = core
         self.process = process
         self.admin = admin
         self.begun = begun
@@ -238,6 +381,10 @@ class Daemon:
         with urllib.request.urlopen(f"{self.admin}/metrics") as answer:
             text: str = answer.read().decode()
             return text
+
+    def used(self) -> Used:
+        """What it has had of its core so far."""
+        return used(self.process.pid, self._core)
 
     def cpu_s(self) -> float:
         """CPU time so far; needs /proc."""
@@ -272,25 +419,30 @@ class Arrivals:
     """How many requests have come to the receiver, and when: asked for over a connection that stays open."""
 
     def __init__(self, stage: Stage) -> None:
-        self._port = stage.ports[0]
+        self._at = stage.receiver_at
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.count = 0
         self.first = 0.0
+        self.last = 0.0
+        self.now: dict[str, float] = {}
+        """The receiver's clocks, and the CPU that it has used and waited for, at the last look."""
         self.curve: list[tuple[int, float]] = []
         """How many had come by when, at each look."""
 
     async def look(self) -> int:
         """Ask, and return how many have come so far."""
         if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+            self._streams = await asyncio.open_connection(*self._at)
         reader, writer = self._streams
         writer.write(b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         head = await reader.readuntil(b"\r\n\r\n")
         stats = json.loads(await reader.readexactly(int(head.rpartition(b":")[2])))
+        self.now = stats["now"]
         if stats["count"]:
             if not self.count:
                 self.first = stats["first"]
                 self.curve.append((0, self.first))
+            self.last = stats["last"]
             self.count += stats["count"]
             self.curve.append((self.count, stats["last"]))
         return self.count
@@ -363,3 +515,13 @@ def raise_descriptors(wanted: int) -> int:
 def percentile(values: list[float], share: float) -> float:
     """The value that so large a share stays below."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def elsewhere(parser: argparse.ArgumentParser) -> None:
+    """The options of a script that can measure another database, or send to another machine."""
+    parser.add_argument(
+        "--dsn", default="", help="a database made for this, without a schema hookd: it is made, and dropped"
+    )
+    parser.add_argument(
+        "--target", default="", help="http://HOST:PORT of a bench/receiver.py that was started there"
+    )
