@@ -209,9 +209,8 @@ class Feed:
         self._db_offset = 0.0
         """The database's clock minus our monotonic one."""
         self._wake = asyncio.Event()
-        self._endpoints_asked = False
+        self._endpoints_asked = self._stopping = False
         self._all_endpoints_asked = False
-        self._stopping = False
         self.recovered = asyncio.Event()
         self.arrived = 0
         """Rows taken so far."""
