@@ -75,10 +75,12 @@ ARRIVAL_PLACES = """
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as now,
        null::integer as endpoint, null::bigint as first_id, null::timestamptz as first_due
 union all
-select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.due_at)
-  from hookd.delivery d
- where (d.xid >= $1::text::xid8 or d.xid = any($2::text[]::xid8[])) and d.shard = any($3::smallint[])
- group by d.endpoint
+(select null, null, d.endpoint, min(d.id) filter (where d.due_at is null), min(d.due_at)
+   from (select a.* from hookd.delivery a where a.xid >= $1::text::xid8
+         union all
+         select b.* from hookd.delivery b where b.xid = any($2::text[]::xid8[])) d
+  where d.shard = any($3::smallint[])
+  group by d.endpoint)
 """
 
 REFILL_FRESH = f"""
