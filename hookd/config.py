@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import msgspec
 from msgspec import Meta
 
+from hookd.core.addresses import NAT64_LENGTHS, Address, AddressRules
 from hookd.core.model import HostLimits, RetryPolicy
 from hookd.core.urls import UrlProblem, parse_url
 
@@ -91,6 +92,7 @@ class NetworkConfig(msgspec.Struct, frozen=True):
 
     allow: list[str] = msgspec.field(default_factory=list)
     deny: list[str] = msgspec.field(default_factory=list)
+    nat64_prefixes: list[str] = msgspec.field(default_factory=list)
     https_only: bool = False
     proxy: str = ""
     proxy_resolves: bool = False
@@ -485,6 +487,17 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
                     f"network.{key}",
                     f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"',
                 )
+    for text in network.nat64_prefixes:
+        try:
+            length = ipaddress.IPv6Network(text).prefixlen
+        except ValueError:
+            length = 0
+        if length not in NAT64_LENGTHS:
+            lengths = ", ".join(map(str, NAT64_LENGTHS))
+            yield (
+                "network.nat64_prefixes",
+                f'{text!r} is no NAT64 prefix; write an IPv6 network such as "64:ff9b::/96", its length one of {lengths}',
+            )
     for text in network.nameservers:
         try:
             ipaddress.ip_address(text)
@@ -525,9 +538,14 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def addresses(texts: list[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """Networks of ``network.allow`` or ``network.deny``, which were judged when they were loaded."""
-    return tuple(ipaddress.ip_network(text) for text in texts)
+def address_rules(network: NetworkConfig, own: frozenset[Address]) -> AddressRules:
+    """What ``[network]``, which was judged when it was loaded, says about addresses."""
+    return AddressRules(
+        tuple(ipaddress.ip_network(text) for text in network.allow),
+        tuple(ipaddress.ip_network(text) for text in network.deny),
+        own,
+        tuple(ipaddress.IPv6Network(text) for text in network.nat64_prefixes),
+    )
 
 
 def json_schema() -> dict[str, Any]:

@@ -25,8 +25,7 @@ import structlog
 
 from hookd import __version__
 from hookd.clock import SystemClock, SystemDice
-from hookd.config import addresses
-from hookd.core.addresses import AddressRules
+from hookd.config import address_rules
 from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
@@ -47,11 +46,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hookd.config import Config
+    from hookd.core.addresses import AddressRules
     from hookd.core.model import Delivery, Result
 
 log = structlog.get_logger("hookd")
 
 LOCK_EVERY_S = 0.2
+OWN_ADDRESSES_EVERY_S = 60.0
 """How often free shards are looked for, and the session is asked for a sign of life."""
 
 RECONNECT_FIRST_S = 0.1
@@ -142,15 +143,16 @@ class Daemon:
         gc.set_threshold(*GC_THRESHOLDS)
         tenures = asyncio.create_task(self._tenures())
         stop = asyncio.create_task(self._stop.wait())
+        rules = asyncio.create_task(self._keep_rules())
         try:
             await asyncio.wait({tenures, stop}, return_when=asyncio.FIRST_COMPLETED)
             if tenures.done():
                 tenures.result()
             return await self._wind_down()
         finally:
-            for task in (tenures, stop):
+            for task in (tenures, stop, rules):
                 task.cancel()
-            await asyncio.gather(tenures, stop, return_exceptions=True)
+            await asyncio.gather(tenures, stop, rules, return_exceptions=True)
             await self.exchange.close()
 
     def stop(self) -> None:
@@ -298,10 +300,7 @@ class Daemon:
         if config is None:
             return
         self.config = config
-        rules = self._address_rules()
-        if rules != self.rules:
-            self.rules = rules
-            self.exchange.connections.drop_idle()
+        self._renew_rules()
         self.exchange.options = self._options()
         self.lanes.reconfigure(
             config.default_limits(),
@@ -328,8 +327,19 @@ class Daemon:
         )
 
     def _address_rules(self) -> AddressRules:
-        network = self.config.network
-        return AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+        return address_rules(self.config.network, own_addresses())
+
+    def _renew_rules(self) -> None:
+        rules = self._address_rules()
+        if rules != self.rules:
+            self.rules = rules
+            self.exchange.connections.drop_idle()
+
+    async def _keep_rules(self) -> None:
+        """Interfaces come and go, and with them the addresses that are this machine's own."""
+        while True:
+            await asyncio.sleep(OWN_ADDRESSES_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
+            self._renew_rules()
 
     def _options(self) -> ExchangeOptions:
         delivery = self.config.delivery

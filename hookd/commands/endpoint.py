@@ -22,7 +22,7 @@ from hookd.commands.session import (
     uuid_of,
     with_connection,
 )
-from hookd.config import addresses, duration, load
+from hookd.config import address_rules, duration, load
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -81,12 +81,11 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 
 
 async def _vetted(url: str, config: Config) -> Vetted:
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415 - not for --help
-    from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415
+    from hookd.net.resolver import Resolver, own_addresses  # noqa: PLC0415 - not for --help
     from hookd.net.vetting import vet  # noqa: PLC0415
 
     network = config.network
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+    rules = address_rules(network, own_addresses())
     resolver = Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
     try:
         return await vet(url, resolver, https_only=network.https_only)
@@ -328,7 +327,6 @@ async def _try(
     connection: asyncpg.Connection, config: Config, endpoint_id: Any, type_: str, data: str
 ) -> tuple[str, Outcome]:
     from hookd import __version__  # noqa: PLC0415 - not for --help
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415
     from hookd.core.bodies import ThinLink  # noqa: PLC0415
     from hookd.core.composer import Composer, Wire  # noqa: PLC0415
     from hookd.core.model import BodyFormat, Delivery, DeliveryId, Event  # noqa: PLC0415
@@ -354,7 +352,7 @@ async def _try(
     except InvalidRequest as problem:
         raise Failed(f"the request cannot be made: {problem}") from None
     network = config.network
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+    rules = address_rules(network, own_addresses())
     resolver = Resolver(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
     exchange = HttpExchange(
         resolver, lambda: rules,
