@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger("hookd")
 
 LOCK_EVERY_S = 0.2
-OWN_ADDRESSES_EVERY_S = 60.0
 """How often free shards are looked for, and the session is asked for a sign of life."""
+
+OWN_ADDRESSES_EVERY_S = 60.0
 
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 5.0
