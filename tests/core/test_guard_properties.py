@@ -195,7 +195,7 @@ def test_deny_wins_over_allow_and_allow_over_the_table(
 
 HOSTISH = st.text(
     st.one_of(
-        st.sampled_from("abcxyz019.-_:[]@%\\/#? \t\r\n\x00。．｡①１ßü\u00ad\u200b\u202e☕א"),
+        st.sampled_from("abcxyz019.-_:[]@%\\/#? \t\r\n\x00。．｡①１ßü\u00ad\u200b\u202e☕א"),  # noqa: RUF001
         st.characters(codec="utf-8"),
     ),
     max_size=40,
