@@ -12,6 +12,7 @@ import difflib
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from hookd.core.urls import UrlProblem, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+TOKEN_LEAST = 16
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -529,6 +532,37 @@ def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
         return
     if not _loopback(host) and not config.admin.token_file:
         yield "admin.listen", f"{host} is not loopback: set admin.token_file, or listen on 127.0.0.1"
+    try:
+        read_token(config.admin.token_file)
+    except ConfigInvalid as problem:
+        if os.access(
+            config.admin.token_file, os.R_OK
+        ):  # who only sends events need not read the daemon's token
+            yield "admin.token_file", problem.mistakes[0].message
+
+
+def read_token(file: str) -> bytes:
+    """
+    The token of ``admin.token_file``; nothing where none is named.
+
+    Raises:
+        ConfigInvalid: it cannot be read, is open to others, or is no token.
+    """
+    if not file:
+        return b""
+    try:
+        mode = Path(file).stat().st_mode
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigInvalid([Mistake("admin.token_file", f"cannot be read: {reason}", file)]) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
+        message = f"can be read or written by others; run: chmod 600 {file}"
+        raise ConfigInvalid([Mistake("admin.token_file", message, file)])
+    if len(token) < TOKEN_LEAST or not token.isascii() or not token.isprintable() or " " in token:
+        message = f"holds no token: {TOKEN_LEAST} or more visible ASCII characters, for example of openssl rand -hex 32"
+        raise ConfigInvalid([Mistake("admin.token_file", message, file)])
+    return token.encode()
 
 
 def _loopback(host: str) -> bool:
