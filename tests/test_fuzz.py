@@ -160,7 +160,8 @@ class Laboratory:
 
     async def attempt(self) -> tuple[Outcome, Outcome, int]:
         base = f"http://127.0.0.1:{self.receiver.port}"
-        first = await self.http.send(request(f"{base}/hostile", timeout_s=0.25))
+        async with asyncio.timeout(5):
+            first = await self.http.send(request(f"{base}/hostile", timeout_s=0.25))
         second = await self.http.send(request(f"{base}/honest"))
         return first, second, self.receiver.calls[-1].number
 

@@ -9,7 +9,7 @@ IPv4: everything but the rows.  IPv6: only 2000::/3, minus the rows.  Forms that
 compatible, SIIT, NAT64, 6to4, Teredo, ISATAP) are refused whatever they embed: no receiver is reached that way.  The
 exception is a NAT64 prefix that the operator names: what comes through it is judged by the IPv4 address inside.
 
-Order of judgement: ``deny``, then ``allow``, then this machine's own addresses, then the table.  An ``allow`` that covers
+Order of judgement: ``deny``, then ``allow``, then the table, then this machine's own addresses.  An ``allow`` that covers
 an embedding form says yes to the form, not to what is inside: ``64:ff9b::/96`` opens no way to 64:ff9b::7f00:1.
 """
 
@@ -177,13 +177,14 @@ def classify(address: str | Address, rules: AddressRules) -> AddressVerdict:
         return _blocked("denied by network.deny")
     if any(address in network for network in rules.allow if network.version == address.version):
         return _inside(embedded(address), rules) if address.version == 6 else ALLOWED
-    if address in rules.own:
-        return _blocked("an address of this machine")
     if address.version == 6:
         for network in rules.nat64:
             if address in network:
                 return _inside([nat64_inside(address, network.prefixlen)], rules)
-    return table_verdict(address)
+    verdict = table_verdict(address)
+    if verdict.allowed and address in rules.own:
+        return _blocked("an address of this machine")
+    return verdict
 
 
 def _inside(carried: list[ipaddress.IPv4Address], rules: AddressRules) -> AddressVerdict:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import aiodns
 import pycares
 
-from hookd.core.addresses import AddressRules, classify
+from hookd.core.addresses import TENANT_REASON, AddressRules, classify
 from hookd.core.urls import is_localhost
 
 if TYPE_CHECKING:
@@ -115,14 +115,11 @@ class Resolver:
             if verdict.allowed:
                 allowed.append(address)
             else:
-                refused.append((address, verdict))
+                refused.append(f"{address}: {verdict.detail}")
+        detail = "; ".join(refused)
         if allowed:
-            return Resolution(tuple(allowed))
-        return Resolution(
-            problem=refused[0][1].reason,
-            blocked=True,
-            detail="; ".join(f"{address}: {verdict.detail}" for address, verdict in refused),
-        )
+            return Resolution(tuple(allowed), detail=detail)
+        return Resolution(problem=TENANT_REASON, blocked=True, detail=detail)
 
     async def close(self) -> None:
         """Ask nothing more."""
