@@ -39,6 +39,9 @@ TTL_LEAST_S, TTL_MOST_S = 5.0, 300.0
 
 FAILURE_S = 5.0
 CACHE_MOST = 10_000
+ADDRESSES_MOST = 16
+"""Of each family, taken of one answer: it may have four thousand, and each costs memory here and time at every connection."""
+
 QUERY_TIMEOUT_S = 5.0
 CHANNEL_LIFE_S = 300.0
 """Also bounds c-ares' own cache, which keeps answers for up to an hour and cannot be turned off from Python."""
@@ -154,7 +157,7 @@ class Resolver:
     async def _ask(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
-        addresses = tuple(address for records, _ in found for address, _ in records)
+        addresses = tuple(address for records, _ in found for address, _ in records[:ADDRESSES_MOST])
         now = self._mono()
         if addresses:
             ttl = min(ttl for records, _ in found for _, ttl in records)

@@ -14,7 +14,7 @@ from hookd.core.composer import Composer, Wire
 from hookd.core.model import BodyFormat, Delivery, DeliveryId, Endpoint, EndpointKey, Event
 from hookd.core.request import InvalidRequest
 from hookd.core.urls import Target, parse_url
-from hookd.net.resolver import Resolver
+from hookd.net.resolver import ADDRESSES_MOST, Resolver
 from hookd.net.vetting import Vetted, vet
 from tests.corpus import read
 
@@ -146,3 +146,11 @@ def test_addresses_of_this_machine_are_refused_although_public(url: str) -> None
     assert target.ip is not None
     assert classify(target.ip, RULES).allowed
     assert not classify(target.ip, AddressRules(own=frozenset({target.ip}))).allowed
+
+
+def test_an_answer_of_thousands_of_addresses_is_not_kept_whole() -> None:
+    answers = [str(ipaddress.IPv4Address("93.0.0.0") + n) for n in range(4000)]
+    answers += [str(ipaddress.IPv6Address("2606:4700::") + n) for n in range(4000)]
+    found = asyncio.run(Answers(answers).resolve("many.example.com"))
+    assert len(found.addresses) == 2 * ADDRESSES_MOST
+    assert {ipaddress.ip_address(a).version for a in found.addresses} == {4, 6}
