@@ -161,13 +161,12 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def _tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A TLS handshake that never ends: records that are whole and say nothing, one after another."""
+    """A TLS handshake that never ends: a certificate of 16 MB, byte by byte."""
     with contextlib.suppress(OSError):
         await reader.read(1)
+        writer.write(b"\x16\x03\x03\x40\x00\x0b\xff\xff\xff")
         while True:
-            writer.write(
-                b"\x16\x03\x03\x00\x04\x02\xff\xff\xff" if writer.get_extra_info("sockname")[1] % 2 else b""
-            )
+            writer.write(b"\x00")
             await writer.drain()
             await asyncio.sleep(STEP_S)
     writer.transport.abort()

@@ -119,10 +119,13 @@ def test_no_answer_is_somebody_elses(ports: tuple[int, int], name: str) -> None:
     asyncio.run(go())
 
 
-def test_a_tls_handshake_that_never_ends(ports: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", ["silence", "drip"])
+def test_a_tls_handshake_that_never_ends(ports: tuple[int, int], kind: str) -> None:
+    port = ports[kind == "drip"]
+
     async def go() -> list[Outcome]:
         async with exchange() as http:
-            asked = request(f"https://127.0.0.1:{ports[1]}/", timeout_s=3, connect_timeout_s=0.5)
+            asked = request(f"https://127.0.0.1:{port}/", timeout_s=3, connect_timeout_s=0.5)
             return await asyncio.gather(*(http.send(asked) for _ in range(8)))
 
     begun = time.monotonic()
