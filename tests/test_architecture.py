@@ -157,7 +157,7 @@ MAY_REACH_OUT = {
     ("hookd.postgres.embedded", "socket.socket"): "the embedded server's Unix socket",
     ("hookd.postgres.embedded", "subprocess.run"): "the embedded server's own programs, without a shell",
     ("hookd.commands.demo", "asyncio.create_subprocess_exec"): "starts hookd itself",
-    ("hookd.commands.doctor", "loop.getaddrinfo"): "looks up example.com, to say whether DNS works",
+    ("hookd.commands.doctor", "loop.getaddrinfo"): "looks up example.com and ipv4only.arpa, to say what DNS does",
     ("hookd.commands.inspect", "urllib.request.build_opener"): "hookd health asks the daemon at admin.listen",
     ("hookd.commands.run", "socket.socket"): "systemd's notification socket",
 }  # fmt: skip

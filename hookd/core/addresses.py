@@ -132,12 +132,24 @@ NAT64_LENGTHS = (32, 40, 48, 56, 64, 96)
 """Of prefixes (RFC 6052, 2.2)."""
 
 
+IPV4ONLY = (ipaddress.IPv4Address("192.0.0.170"), ipaddress.IPv4Address("192.0.0.171"))
+"""What ipv4only.arpa is (RFC 7050, 8880)."""
+
+
 def nat64_inside(address: ipaddress.IPv6Address, length: int) -> ipaddress.IPv4Address:
     """The IPv4 address that follows a NAT64 prefix; the octet after the first 64 bits is skipped (RFC 6052, 2.2)."""
     octets = address.packed
     if length != 96:
         octets = octets[:8] + octets[9:]
     return ipaddress.IPv4Address(octets[length // 8 : length // 8 + 4])
+
+
+def nat64_prefix(answer: ipaddress.IPv6Address) -> ipaddress.IPv6Network | None:
+    """The prefix by which a network reaches IPv4, from its answer to the AAAA of ipv4only.arpa (RFC 7050)."""
+    for length in NAT64_LENGTHS:
+        if nat64_inside(answer, length) in IPV4ONLY:
+            return ipaddress.IPv6Network((answer, length), strict=False)
+    return None
 
 
 def embedded(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:

@@ -128,3 +128,33 @@ def test_some_addresses_of_a_name_are_refused_and_others_not() -> None:
     found = asyncio.run(go())
     assert (found.allowed, found.addresses, found.reason) == (True, ("93.184.216.34",), "")
     assert found.detail == "10.0.0.1: private (RFC 1918); fd00::1: unique local (RFC 4193)"
+
+
+@pytest.mark.parametrize(
+    ("configured", "level", "said"),
+    [
+        ([], "warn", 'network.nat64_prefixes = ["64:ff9b::/96"]'),
+        (["64:ff9b::/96"], "ok", "64:ff9b::/96 is judged by"),
+    ],
+)
+def test_doctor_notices_nat64(configured: list[str], level: str, said: str) -> None:
+    import msgspec
+
+    from hookd.commands.doctor import _nat64
+    from hookd.config import Config
+
+    config = msgspec.structs.replace(
+        Config(), network=msgspec.structs.replace(Config().network, nat64_prefixes=configured)
+    )
+
+    async def go() -> list[object]:
+        async def synthesised(*_: object, **__: object) -> list[object]:
+            return [(None, None, None, "", (a, 443, 0, 0)) for a in ("64:ff9b::c000:aa", "64:ff9b::c000:ab")]
+
+        loop = asyncio.get_running_loop()
+        loop.getaddrinfo = synthesised  # type: ignore[method-assign, assignment]
+        return list(await _nat64(config))
+
+    (finding,) = asyncio.run(go())
+    assert finding.level == level  # type: ignore[attr-defined]
+    assert said in finding.said  # type: ignore[attr-defined]

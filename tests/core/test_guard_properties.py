@@ -16,6 +16,7 @@ from hookd.core.addresses import (
     classify,
     embedded,
     nat64_inside,
+    nat64_prefix,
     table_verdict,
 )
 from hookd.core.headers import RESERVED, as_read, check_header, check_headers
@@ -159,6 +160,9 @@ def test_the_examples_of_rfc_6052() -> None:
         network = ipaddress.IPv6Network(prefix)
         assert _through(network, inside) == ipaddress.IPv6Address(address)
         assert nat64_inside(ipaddress.IPv6Address(address), network.prefixlen) == inside
+        well_known = _through(network, ipaddress.IPv4Address("192.0.0.171"))
+        assert nat64_prefix(well_known) == network
+    assert nat64_prefix(ipaddress.IPv6Address("2606:4700::1111")) is None
 
 
 @examples(300)
