@@ -104,6 +104,24 @@ def test_an_attempt_ends_in_time_and_bounded_memory(ports: tuple[int, int], name
         assert not outcome.body.startswith("\x00"), "nothing is decompressed"
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="bytes that are neither headers nor body are not counted: at full speed they keep a core busy until the deadline",
+)
+@pytest.mark.parametrize(
+    "name", ["a chunk extension without end", "a chunk size without end", "empty lines without end"]
+)
+def test_an_answer_that_says_nothing_ends_by_its_size(ports: tuple[int, int], name: str) -> None:
+    async def go() -> Outcome:
+        async with exchange() as http:
+            return await http.send(request(_url(ports[0], name), timeout_s=3))
+
+    begun = time.process_time()
+    outcome = asyncio.run(go())
+    say(f"{name}: {outcome.total_ms:.0f} ms, {time.process_time() - begun:.2f} s of CPU")
+    assert outcome.total_ms < 1500
+
+
 @pytest.mark.parametrize("name", list(hostile.SMUGGLING))
 def test_no_answer_is_somebody_elses(ports: tuple[int, int], name: str) -> None:
     async def go() -> None:
