@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import unicodedata
 
 import pytest
 from hypothesis import assume, given
@@ -224,6 +225,24 @@ def test_a_canonical_url_is_a_fixed_point(scheme: str, host: str, rest: str) -> 
     assert head.count(b"\r\n") == 6
     assert head.startswith(b"POST /")
     assert head.split(b"\r\n")[0].count(b" ") == 2
+
+
+ALIKE = {
+    character: [chr(n) for n in range(0x20, 0x20000) if unicodedata.normalize("NFKC", chr(n)) == character]
+    + (["\u3002"] if character == "." else [])
+    for character in "0123456789."
+}
+"""What is a digit or a dot to whoever normalises."""
+
+
+@examples(300)
+@given(st.one_of(internal_4, st.ip_addresses(v=4)), st.data())
+def test_digits_and_dots_of_any_script_are_refused(
+    address: ipaddress.IPv4Address, data: st.DataObject
+) -> None:
+    host = "".join(data.draw(st.sampled_from(ALIKE[c])) for c in str(address))
+    target = parse_url(f"http://{host}/")
+    assert isinstance(target, Target) is (host == str(address))
 
 
 @given(st.integers(1900, 2048), st.sampled_from("aä☃😀"))

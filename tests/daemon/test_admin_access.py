@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import socket
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from hookd.admin.access import Access
 from tests.cli import Cli
+from tests.corpus import read
 from tests.fuzzing import examples
 
 if TYPE_CHECKING:
@@ -237,6 +240,26 @@ def test_the_token_is_wanted_for_everything_but_probes(
     foreign = ("Host: @", right, "Origin: http://evil.example", JSON)
     assert ask(daemon.admin, "POST /api/v1/endpoints", *foreign, body=ENDPOINT)[0] == 403
     assert TOKEN not in str(daemon.log())
+
+
+def test_the_corpus_is_refused_by_the_api(start_daemon: Callable[..., DaemonProcess]) -> None:
+    where = urlsplit(start_daemon(HOOKD_NETWORK__ALLOW="[]").admin)
+    client = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
+    for url, *_ in read("hostile_urls"):
+        for method, path in (("POST", "/api/v1/endpoints"), ("PATCH", f"/api/v1/endpoints/{NOBODY}")):
+            client.request(method, path, json.dumps({"url": url}), {"Content-Type": "application/json"})
+            answer = client.getresponse()
+            said = json.loads(answer.read())["error"]
+            assert (answer.status, said["code"]) in ((422, "url"), (400, "json")), (url, said)
+            assert "RFC" not in said["message"], "what the guard found out stays here"
+    client.request(
+        "POST",
+        "/api/v1/endpoints",
+        json.dumps({"url": "http://93.184.216.34/"}),
+        {"Content-Type": "application/json"},
+    )
+    assert client.getresponse().status == 201
+    client.close()
 
 
 @pytest.mark.parametrize(
