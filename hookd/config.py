@@ -12,6 +12,7 @@ import difflib
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import msgspec
 from msgspec import Meta
 
+from hookd.core.addresses import NAT64_LENGTHS, Address, AddressRules
 from hookd.core.model import HostLimits, RetryPolicy
 from hookd.core.proxies import Proxy, parse_proxy
 from hookd.core.urls import UrlProblem, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+TOKEN_LEAST = 16
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -92,6 +96,7 @@ class NetworkConfig(msgspec.Struct, frozen=True):
 
     allow: list[str] = msgspec.field(default_factory=list)
     deny: list[str] = msgspec.field(default_factory=list)
+    nat64_prefixes: list[str] = msgspec.field(default_factory=list)
     https_only: bool = False
     proxy: str = ""
     proxy_resolves: bool = False
@@ -470,7 +475,7 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
-        if not name or Path(name).is_file():
+        if not name or os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
             continue
         if path == "network.ca_file":
             yield path, f"there is no file {name}"
@@ -490,11 +495,26 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
                     f"network.{key}",
                     f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"',
                 )
+    for text in network.nat64_prefixes:
+        try:
+            length = ipaddress.IPv6Network(text).prefixlen
+        except ValueError:
+            length = 0
+        if length not in NAT64_LENGTHS:
+            lengths = ", ".join(map(str, NAT64_LENGTHS))
+            yield (
+                "network.nat64_prefixes",
+                f'{text!r} is no NAT64 prefix; write an IPv6 network such as "64:ff9b::/96", its length one of {lengths}',
+            )
     for text in network.nameservers:
         try:
             ipaddress.ip_address(text)
         except ValueError:
             yield "network.nameservers", f"{text!r} is no IP address"
+    yield from _bad_proxy(network)
+
+
+def _bad_proxy(network: NetworkConfig) -> Iterator[tuple[str, str]]:
     if network.proxy:
         try:
             parse_proxy(network.proxy)
@@ -528,6 +548,37 @@ def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
         return
     if not _loopback(host) and not config.admin.token_file:
         yield "admin.listen", f"{host} is not loopback: set admin.token_file, or listen on 127.0.0.1"
+    file = config.admin.token_file
+    # who only sends events need not be able to read the daemon's token
+    if os.path.isfile(file) and os.access(file, os.R_OK):  # noqa: PTH113 - Path raises for a name that is too long
+        try:
+            read_token(file)
+        except ConfigInvalid as problem:
+            yield "admin.token_file", problem.mistakes[0].message
+
+
+def read_token(file: str) -> bytes:
+    """
+    The token of ``admin.token_file``; nothing where none is named.
+
+    Raises:
+        ConfigInvalid: it cannot be read, is open to others, or is no token.
+    """
+    if not file:
+        return b""
+    try:
+        mode = Path(file).stat().st_mode
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigInvalid([Mistake("admin.token_file", f"cannot be read: {reason}", file)]) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
+        message = f"can be read or written by others; run: chmod 600 {file}"
+        raise ConfigInvalid([Mistake("admin.token_file", message, file)])
+    if len(token) < TOKEN_LEAST or not token.isascii() or not token.isprintable() or " " in token:
+        message = f"holds no token: {TOKEN_LEAST} or more visible ASCII characters, for example of openssl rand -hex 32"
+        raise ConfigInvalid([Mistake("admin.token_file", message, file)])
+    return token.encode()
 
 
 def _loopback(host: str) -> bool:
@@ -537,9 +588,14 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def addresses(texts: list[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """Networks of ``network.allow`` or ``network.deny``, which were judged when they were loaded."""
-    return tuple(ipaddress.ip_network(text) for text in texts)
+def address_rules(network: NetworkConfig, own: frozenset[Address]) -> AddressRules:
+    """What ``[network]``, which was judged when it was loaded, says about addresses."""
+    return AddressRules(
+        tuple(ipaddress.ip_network(text) for text in network.allow),
+        tuple(ipaddress.ip_network(text) for text in network.deny),
+        own,
+        tuple(ipaddress.IPv6Network(text) for text in network.nat64_prefixes),
+    )
 
 
 def json_schema() -> dict[str, Any]:

@@ -26,8 +26,7 @@ import structlog
 
 from hookd import __version__
 from hookd.clock import SystemClock, SystemDice
-from hookd.config import addresses
-from hookd.core.addresses import AddressRules
+from hookd.config import address_rules
 from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from hookd.config import Config
+    from hookd.core.addresses import AddressRules
     from hookd.core.challenge import Verification
     from hookd.core.model import Delivery, Endpoint, Result
 
@@ -63,6 +63,8 @@ LOOK_S = 0.15
 
 LOOK_ALONE_S = 0.5
 """The same for a daemon without others: so soon a new one is noticed."""
+
+OWN_ADDRESSES_EVERY_S = 60.0
 
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 5.0
@@ -173,15 +175,16 @@ class Daemon:
         gc.set_threshold(*GC_THRESHOLDS)
         tenures = asyncio.create_task(self._tenures())
         stop = asyncio.create_task(self._stop.wait())
+        rules = asyncio.create_task(self._keep_rules())
         try:
             await asyncio.wait({tenures, stop}, return_when=asyncio.FIRST_COMPLETED)
             if tenures.done():
                 tenures.result()
             return await self._wind_down()
         finally:
-            for task in (tenures, stop):
+            for task in (tenures, stop, rules):
                 task.cancel()
-            await asyncio.gather(tenures, stop, return_exceptions=True)
+            await asyncio.gather(tenures, stop, rules, return_exceptions=True)
             await self.exchange.close()
 
     def stop(self) -> None:
@@ -384,10 +387,7 @@ class Daemon:
                 self.tenure.feed.reread_endpoints()
         if self.tenure is not None:
             self._telling = asyncio.create_task(self._tell_settings(self.tenure.maintenance))
-        rules = self._address_rules()
-        if rules != self.rules:
-            self.rules = rules
-            self.exchange.connections.drop_idle()
+        self._renew_rules()
         self.exchange.options = self._options()
         self.lanes.reconfigure(
             config.default_limits(),
@@ -418,8 +418,19 @@ class Daemon:
         )
 
     def _address_rules(self) -> AddressRules:
-        network = self.config.network
-        return AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+        return address_rules(self.config.network, own_addresses())
+
+    def _renew_rules(self) -> None:
+        rules = self._address_rules()
+        if rules != self.rules:
+            self.rules = rules
+            self.exchange.connections.drop_idle()
+
+    async def _keep_rules(self) -> None:
+        """Interfaces come and go, and with them the addresses that are this machine's own."""
+        while True:
+            await asyncio.sleep(OWN_ADDRESSES_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
+            self._renew_rules()
 
     def _options(self) -> ExchangeOptions:
         delivery = self.config.delivery

@@ -1,9 +1,19 @@
-"""The console: one page that shows what ``hookd status`` shows, live.  It reads the API and changes nothing."""
+"""
+The console: one page that shows what ``hookd status`` shows, live.  It reads the API and changes nothing.
+
+Script and style are files of their own, because the content security policy runs nothing that is inline.
+"""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>hookd</title><style>
-:root{color-scheme:light dark;--line:#8884;--dim:#888;--bad:#c33;--good:#2a7}
+<title>hookd</title><link rel="stylesheet" href="/console.css"></head><body>
+<h1>hookd <small>@VERSION@</small></h1><div id="error" role="status"></div>
+<div class="tiles" id="tiles"></div>
+<h2>Lanes</h2><div id="lanes"></div><h2>Latest attempts</h2><div id="attempts"></div><h2>Endpoints</h2><div id="endpoints"></div>
+<script src="/console.js"></script></body></html>
+"""
+
+STYLE = """:root{color-scheme:light dark;--line:#8884;--dim:#888;--bad:#c33;--good:#2a7}
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1.5rem}
 h1{font-size:1.3rem;margin:0 0 1rem}h1 small{color:var(--dim);font-weight:400}h2{font-size:1rem;margin:2rem 0 .5rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.75rem}
@@ -12,12 +22,9 @@ h1{font-size:1.3rem;margin:0 0 1rem}h1 small{color:var(--dim);font-weight:400}h2
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
 th{color:var(--dim);font-weight:500}td.n{text-align:right}td.url{word-break:break-all}
 .bad{color:var(--bad)}.good{color:var(--good)}#error{color:var(--bad);min-height:1.5em}
-</style></head><body>
-<h1>hookd <small>@VERSION@</small></h1><div id="error" role="status"></div>
-<div class="tiles" id="tiles"></div>
-<h2>Lanes</h2><div id="lanes"></div><h2>Latest attempts</h2><div id="attempts"></div><h2>Endpoints</h2><div id="endpoints"></div>
-<script>
-const get = async path => { const r = await fetch('/api/v1' + path); const v = await r.json();
+"""
+
+SCRIPT = """const get = async path => { const r = await fetch('/api/v1' + path); const v = await r.json();
   if (!r.ok) throw new Error(v.error ? v.error.message : r.status); return v }
 const cell = (text, kind) => { const td = document.createElement('td'); td.textContent = text ?? ''; if (kind) td.className = kind; return td }
 const table = (id, head, rows, empty) => { const box = document.getElementById(id); box.replaceChildren()
@@ -46,5 +53,4 @@ const draw = async () => { try {
     [e.tenant], [e.types.join(', ')], [e.url, 'url']]), 'none yet: hookd endpoint add URL')
   document.getElementById('error').textContent = '' } catch (e) { document.getElementById('error').textContent = String(e.message || e) } }
 draw(); setInterval(draw, 2000)
-</script></body></html>
 """

@@ -1,17 +1,12 @@
 """
 The admin server: JSON API, metrics, probes and the console page, on ``[admin] listen``.
 
-Who may ask: on loopback anybody on this machine, elsewhere whoever has the token.  Browsers are kept out of what is not
-theirs: a foreign ``Host`` (DNS rebinding) and requests from other sites are refused, and writing takes
-``application/json``, which no foreign page can send without being asked first.
+Every request passes ``access`` first, and every answer leaves with its headers.
 """
 
 from __future__ import annotations
 
 import errno
-import hmac
-import ipaddress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -19,8 +14,10 @@ import structlog
 from aiohttp import web
 
 from hookd import __version__
+from hookd.admin.access import CONSOLE, HEADERS, Access
 from hookd.admin.api import Api, problem
-from hookd.admin.console import PAGE
+from hookd.admin.console import PAGE, SCRIPT, STYLE
+from hookd.config import read_token
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
 from hookd.telemetry import CONTENT_TYPE, Telemetry
 
@@ -39,16 +36,6 @@ BODY_MOST = 1024 * 1024
 SESSIONS = 2
 """Of the API; they are opened when it is used and closed when it is idle."""
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'",
-}
-
 
 class AdminServer:
     """Everything that answers on ``[admin] listen``."""
@@ -58,8 +45,8 @@ class AdminServer:
         self._pool = database.pool("admin", SESSIONS)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
-        self._token = _token(daemon.config.admin.token_file)
-        self._host = ""
+        self._token = read_token(daemon.config.admin.token_file)
+        self._access = Access("", self._token)
 
     async def start(self) -> str | None:
         """Listen; returns the URL, or None when it is off or the port is another's."""
@@ -67,10 +54,13 @@ class AdminServer:
         address = config.admin_address()
         if address is None:
             return None
-        self._host, port = address
+        host, port = address
+        self._access = Access(host, self._token)
         await self._pool
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
-        app.router.add_get("/", self._console)
+        app.router.add_get(CONSOLE, _content(PAGE.replace("@VERSION@", __version__), "text/html"))
+        app.router.add_get("/console.css", _content(STYLE, "text/css"))
+        app.router.add_get("/console.js", _content(SCRIPT, "text/javascript"))
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
@@ -78,7 +68,7 @@ class AdminServer:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._host, port).start()
+            await web.TCPSite(self._runner, host, port).start()
         except OSError as error:
             await self.stop()
             reason = (
@@ -87,7 +77,7 @@ class AdminServer:
             log.warning("admin server is off for this process", listen=config.admin.listen, reason=reason)
             return None
         bound = self._runner.addresses[0][1]
-        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{bound}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def stop(self) -> None:
         """Listen no more."""
@@ -96,39 +86,23 @@ class AdminServer:
             self._runner = None
             self._pool.terminate()
 
-    # Who may ask.
-
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        refusal = self._refusal(request)
-        answer = refusal if refusal is not None else await handler(request)
+        refusal = self._access.refusal(
+            request.method,
+            request.path,
+            request.headers,
+            has_body=request.can_read_body,
+            content_type=request.content_type,
+        )
+        if refusal is None:
+            answer = await handler(request)
+        else:
+            answer = problem(refusal.status, refusal.code, refusal.message)
+            if refusal.status == 401:
+                answer.headers["WWW-Authenticate"] = "Bearer"
         answer.headers.update(HEADERS)
         return answer
-
-    def _refusal(self, request: web.Request) -> web.Response | None:
-        if not self._known_host(request.host):
-            return problem(403, "host", "this Host is not served here; call the address of admin.listen")
-        site = request.headers.get("Sec-Fetch-Site", "same-origin")
-        if site not in ("same-origin", "none"):
-            return problem(403, "cross_site", "requests from other sites are refused")
-        writes = request.method not in ("GET", "HEAD", "DELETE") and request.can_read_body
-        if writes and request.content_type != "application/json":
-            return problem(415, "content_type", "send application/json")
-        if self._token and request.path not in OPEN_PATHS:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(given, self._token):
-                return problem(401, "token", "send the token of admin.token_file as Authorization: Bearer …")
-        return None
-
-    def _known_host(self, host: str) -> bool:
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        name = name.strip("[]").lower()
-        if self._token or name in ("localhost", self._host):
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
 
     @web.middleware
     async def _explained(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -146,9 +120,6 @@ class AdminServer:
 
     # Pages.
 
-    async def _console(self, _request: web.Request) -> web.Response:
-        return web.Response(text=PAGE.replace("@VERSION@", __version__), content_type="text/html")
-
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
@@ -161,5 +132,8 @@ class AdminServer:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _token(file: str) -> bytes:
-    return Path(file).read_text(encoding="utf-8").strip().encode() if file else b""
+def _content(text: str, content_type: str) -> Handler:
+    async def content(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text=text, content_type=content_type)
+
+    return content

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookd.commands.session import Failed, keyring_of
-from hookd.config import addresses
+from hookd.config import address_rules
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -132,28 +132,26 @@ def _wire(config: Config) -> Wire:
 
 
 def _resolver(config: Config) -> Resolver | ByProxy:
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415 - not for --help
-    from hookd.net.resolver import Resolver as Names  # noqa: PLC0415
+    from hookd.net.resolver import Resolver as Names  # noqa: PLC0415 - not for --help
     from hookd.net.resolver import own_addresses  # noqa: PLC0415
     from hookd.net.tunnel import ByProxy as NoNames  # noqa: PLC0415
 
     network = config.network
     if network.proxy_resolves:
         return NoNames()
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+    rules = address_rules(network, own_addresses())
     return Names(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
 
 
 @contextlib.asynccontextmanager
 async def _exchange(config: Config) -> AsyncIterator[HttpExchange]:
     from hookd import __version__  # noqa: PLC0415 - not for --help
-    from hookd.core.addresses import AddressRules  # noqa: PLC0415
     from hookd.net.exchange import ExchangeOptions, tls_context  # noqa: PLC0415
     from hookd.net.exchange import HttpExchange as Exchange  # noqa: PLC0415
     from hookd.net.resolver import own_addresses  # noqa: PLC0415
 
     network, delivery = config.network, config.delivery
-    rules = AddressRules(addresses(network.allow), addresses(network.deny), own_addresses())
+    rules = address_rules(network, own_addresses())
     exchange = Exchange(
         _resolver(config), lambda: rules,
         ExchangeOptions(delivery.max_response, delivery.redirects, network.https_only, f"hookd/{__version__}"),

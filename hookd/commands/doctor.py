@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import shutil
 import socket
@@ -72,7 +73,6 @@ def doctor(invocation: Invocation) -> None:
 
 
 def _here(config: Config) -> list[Finding]:
-    from hookd.config import addresses  # noqa: PLC0415 - not for --help
     from hookd.net.exchange import check_parts  # noqa: PLC0415
 
     findings = [Finding("libraries", "fail", problem) for problem in check_parts()]
@@ -90,9 +90,9 @@ def _here(config: Config) -> list[Finding]:
             f"{soft}, may be raised to {hard}; {needed} are needed",
         )
     )
-    if any(n.is_loopback or n.is_private for n in addresses(config.network.allow)):
+    if config.network.allow:
         findings.append(
-            Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: private addresses may be called; remove it in production")
+            Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: may be called, private or not; remove it in production")
         )  # fmt: skip
     if not config.network.https_only:
         findings.append(Finding("network.https_only", "warn", "http:// endpoints may be registered"))
@@ -256,7 +256,34 @@ async def _names(config: Config) -> list[Finding]:
         findings.append(
             Finding("DNS", "ok", f"example.com resolved in {(time.perf_counter() - begun) * 1000:.0f} ms")
         )
+    findings += await _nat64(config)
     free = shutil.disk_usage(".").free
     if config.database.dsn == "embedded" and free < 2**30:
         findings.append(Finding("disk", "warn", f"{free // 2**20} MiB are free"))
     return findings
+
+
+async def _nat64(config: Config) -> list[Finding]:
+    """Whether this network makes IPv6 addresses of IPv4 ones, and whether the guard knows."""
+    from hookd.core.addresses import nat64_prefix  # noqa: PLC0415 - not for --help
+
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(5):
+            found = await loop.getaddrinfo(
+                "ipv4only.arpa", 443, family=socket.AF_INET6, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError):
+        return []  # no such answer where there is no NAT64
+    prefixes = {nat64_prefix(ipaddress.IPv6Address(str(entry[4][0]))) for entry in found} - {None}
+    known = {ipaddress.IPv6Network(text) for text in config.network.nat64_prefixes}
+    return [
+        Finding("NAT64", "ok", f"{prefix} is judged by the IPv4 address inside")
+        if prefix in known
+        else Finding(
+            "NAT64",
+            "warn",
+            f'this network reaches IPv4 through {prefix}: set network.nat64_prefixes = ["{prefix}"]',
+        )
+        for prefix in sorted(prefixes, key=str)
+    ]

@@ -394,7 +394,11 @@ def verify(invocation: Invocation, endpoint_id: str, *, trust: bool) -> None:
 @options
 @click.pass_obj
 def check(invocation: Invocation, url: str) -> None:
-    """Say what the address guard says of URL; exit status 0 or 1.  Nothing is registered and nothing is sent."""
+    """
+    Say what the address guard says of URL; exit status 0 or 1.  Nothing is registered and nothing is sent.
+
+    A name that does not resolve is allowed, as it is when an endpoint is added: it is asked for again at every attempt.
+    """
     config = load(invocation.config_file).config
     found = asyncio.run(vetted(url, config))
     if invocation.json:
@@ -403,8 +407,10 @@ def check(invocation: Invocation, url: str) -> None:
             "addresses": found.addresses, "reason": found.reason or None, "detail": found.detail or None,
         })  # fmt: skip
     elif found.allowed:
-        where = ", ".join(found.addresses) or found.reason
-        click.echo(f"allowed: {found.target.url if found.target else url} ({where})")
+        assert found.target is not None
+        where = f" ({', '.join(found.addresses)})" if found.addresses else f", but {found.reason}"
+        never = f"; never called: {found.detail}" if found.detail else ""
+        click.echo(f"allowed: {found.target.url}{where}{never}")
     else:
         click.echo(f"refused: {found.reason}{f' ({found.detail})' if found.detail else ''}")
     if not found.allowed:

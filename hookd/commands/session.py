@@ -253,7 +253,9 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """Print a value as JSON on one line; of a list, each item on a line of its own, for ``jq`` and ``while read``."""
     for item in value if isinstance(value, list) else [value]:
-        click.echo(json.dumps(plain(item), ensure_ascii=False))
+        text = json.dumps(plain(item), ensure_ascii=False)
+        # bytes of an argument that are no UTF-8 came in as surrogates; JSON cannot hold them
+        click.echo(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def print_table(rows: Iterable[Sequence[Any]], header: Sequence[str], empty: str) -> None:

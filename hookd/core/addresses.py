@@ -6,9 +6,11 @@ with the RFC beside each.  It does not lean on ``ipaddress.is_global``, whose an
 Python (CPython gh-113171, gh-124217, gh-151749).
 
 IPv4: everything but the rows.  IPv6: only 2000::/3, minus the rows.  Forms that embed an IPv4 address (mapped,
-compatible, SIIT, NAT64, 6to4, Teredo, ISATAP) are refused whatever they embed: no receiver is reached that way.
+compatible, SIIT, NAT64, 6to4, Teredo, ISATAP) are refused whatever they embed: no receiver is reached that way.  The
+exception is a NAT64 prefix that the operator names: what comes through it is judged by the IPv4 address inside.
 
-Order of judgement: ``deny``, then ``allow``, then this machine's own addresses, then the table.
+Order of judgement: ``deny``, then ``allow``, then the table, then this machine's own addresses.  An ``allow`` that covers
+an embedding form says yes to the form, not to what is inside: ``64:ff9b::/96`` opens no way to 64:ff9b::7f00:1.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ class AddressRules:
     deny: tuple[Network, ...] = ()
     own: frozenset[Address] = frozenset()
     """Of this machine's interfaces: never a receiver, public or not."""
+    nat64: tuple[ipaddress.IPv6Network, ...] = ()
+    """Prefixes by which IPv4 is reached from here (RFC 6052); any, so no table can know them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,50 @@ def table_verdict(address: Address) -> AddressVerdict:
     return ALLOWED
 
 
+NAT64_LENGTHS = (32, 40, 48, 56, 64, 96)
+"""Of prefixes (RFC 6052, 2.2)."""
+
+
+IPV4ONLY = (ipaddress.IPv4Address("192.0.0.170"), ipaddress.IPv4Address("192.0.0.171"))
+"""What ipv4only.arpa is (RFC 7050, 8880)."""
+
+
+def nat64_inside(address: ipaddress.IPv6Address, length: int) -> ipaddress.IPv4Address:
+    """The IPv4 address that follows a NAT64 prefix; the octet after the first 64 bits is skipped (RFC 6052, 2.2)."""
+    octets = address.packed
+    if length != 96:
+        octets = octets[:8] + octets[9:]
+    return ipaddress.IPv4Address(octets[length // 8 : length // 8 + 4])
+
+
+def nat64_prefix(answer: ipaddress.IPv6Address) -> ipaddress.IPv6Network | None:
+    """The prefix by which a network reaches IPv4, from its answer to the AAAA of ipv4only.arpa (RFC 7050)."""
+    for length in NAT64_LENGTHS:
+        if nat64_inside(answer, length) in IPV4ONLY:
+            return ipaddress.IPv6Network((answer, length), strict=False)
+    return None
+
+
+def embedded(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that an IPv6 one carries by its well-known forms; a Teredo address has two."""
+    number = int(address)
+    low = number & 0xFFFF_FFFF
+    found = []
+    if number >> 32 in (0, 0xFFFF, 0xFFFF_0000) and number > 1:  # compatible, mapped, SIIT
+        found.append(low)
+    elif number >> 96 == 0x0064_FF9B:  # NAT64, well-known and local-use (where the prefix may be shorter)
+        if number >> 80 == 0x0064_FF9B_0001:
+            found += [int(nat64_inside(address, length)) for length in (48, 56, 64)]
+        found.append(low)
+    elif number >> 112 == 0x2002:  # 6to4
+        found.append(number >> 80 & 0xFFFF_FFFF)
+    elif number >> 96 == 0x2001_0000:  # Teredo: the server, and the client with its bits inverted
+        found += [number >> 64 & 0xFFFF_FFFF, low ^ 0xFFFF_FFFF]
+    if number >> 32 & 0xFFFF_FFFF in ISATAP:
+        found.append(low)
+    return [ipaddress.IPv4Address(n) for n in found]
+
+
 def classify(address: str | Address, rules: AddressRules) -> AddressVerdict:
     """
     Whether an address may be dialled; about 3 µs for a literal, once for each new connection.
@@ -140,7 +188,20 @@ def classify(address: str | Address, rules: AddressRules) -> AddressVerdict:
     if any(address in network for network in rules.deny if network.version == address.version):
         return _blocked("denied by network.deny")
     if any(address in network for network in rules.allow if network.version == address.version):
-        return ALLOWED
-    if address in rules.own:
+        return _inside(embedded(address), rules) if address.version == 6 else ALLOWED
+    if address.version == 6:
+        for network in rules.nat64:
+            if address in network:
+                return _inside([nat64_inside(address, network.prefixlen)], rules)
+    verdict = table_verdict(address)
+    if verdict.allowed and address in rules.own:
         return _blocked("an address of this machine")
-    return table_verdict(address)
+    return verdict
+
+
+def _inside(carried: list[ipaddress.IPv4Address], rules: AddressRules) -> AddressVerdict:
+    for address in carried:
+        verdict = classify(address, rules)
+        if not verdict.allowed:
+            return _blocked(f"it embeds {address}: {verdict.detail}")
+    return ALLOWED

@@ -4,6 +4,9 @@ Which headers a subscriber or a producer may set.
 aiohttp checks values but not names, and a prepared head bypasses even that: names such as ``X: injected``, a second
 ``Content-Length`` or a foreign ``Host`` would be sent as they are.  So names must be tokens and values visible ASCII
 (RFC 9110, 5.5 and 5.6.2), and none may frame, route, authenticate to a proxy or sign.
+
+Names are compared as the worst of readers does: without case, and with ``_`` for ``-`` (CGI and WSGI make both
+``HTTP_WEBHOOK_SIGNATURE``).
 """
 
 from __future__ import annotations
@@ -39,12 +42,17 @@ RESERVED = frozenset(
 RESERVED_PREFIXES = ("webhook-", "svix-", "hookd-", "proxy-")
 
 
+def as_read(name: str) -> str:
+    """A name as receivers may take it."""
+    return name.lower().replace("_", "-")
+
+
 def check_header(name: str, value: str) -> str | None:
     """What is wrong with a header, in words that do not repeat its value; None if nothing is."""
     if not TOKEN.fullmatch(name):
         return f"header name {name[:40]!r} is not a token of RFC 9110"
-    lower = name.lower()
-    if lower in RESERVED or lower.startswith(RESERVED_PREFIXES):
+    read = as_read(name)
+    if read in RESERVED or read.startswith(RESERVED_PREFIXES):
         return f"header {name!r} is set by hookd and cannot be chosen"
     if not VALUE.fullmatch(value):
         return f"the value of header {name!r} has characters other than visible ASCII, or blanks at its ends"
@@ -54,12 +62,16 @@ def check_header(name: str, value: str) -> str | None:
 def check_headers(headers: Mapping[str, object]) -> str | None:
     """The same for all headers of an endpoint or event, and for their total size."""
     total = 0
+    seen = set()
     for name, value in headers.items():
         if not isinstance(value, str):
             return f"the value of header {name[:40]!r} is not a string"
         problem = check_header(name, value)
         if problem is not None:
             return problem
+        if as_read(name) in seen:
+            return f"header {name!r} is given twice"
+        seen.add(as_read(name))
         total += len(name) + len(value) + 4
     if total > TOTAL_MOST:
         return f"the headers take {total} bytes; {TOTAL_MOST} are allowed"

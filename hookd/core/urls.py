@@ -32,11 +32,33 @@ BAD_PORTS = frozenset(
     }
 )  # fmt: skip
 
+# What stores data or runs machines and, on a network that trusts itself, asks for no password: POSTs have been
+# smuggled into these.  Nobody receives webhooks there.
+SERVICE_PORTS = frozenset(
+    {
+        1433,  # SQL Server
+        1521,  # Oracle
+        2375, 2376,  # Docker
+        2379, 2380,  # etcd
+        3306,  # MySQL
+        3389,  # remote desktop
+        5432,  # PostgreSQL
+        5900,  # VNC
+        6379,  # Redis
+        10250,  # kubelet
+        11211,  # memcached
+        27017,  # MongoDB
+    }
+)  # fmt: skip
+
 PRIVATE_SUFFIXES = (
     "local",
+    "localdomain",
     "internal",
-    "home.arpa",
+    "private",
+    "arpa",
     "onion",
+    "alt",
     "lan",
     "intranet",
     "corp",
@@ -44,7 +66,10 @@ PRIVATE_SUFFIXES = (
     "invalid",
     "test",
 )
-"""Names that the public DNS does not have (RFC 6761, 6762, 8375, 7686; ICANN's reservation of .internal)."""
+"""
+Names that the public DNS does not have (RFC 6761, 6762, 7686, 9476; ICANN's reservation of .internal), or that stand for
+networks and not for hosts (.arpa, RFC 3172; home.arpa, RFC 8375; ipv4only.arpa, RFC 7050).
+"""
 
 LOCALHOST = ("localhost", "ip6-localhost", "ip6-loopback")
 """Resolved to loopback (RFC 6761, 6.3) and then judged by the address guard like any other."""
@@ -98,6 +123,11 @@ class _Refused(Exception):
     pass
 
 
+def is_localhost(host: str) -> bool:
+    """Whether a name is loopback by convention, without asking anybody."""
+    return host in LOCALHOST or host.endswith(".localhost")
+
+
 def parse_url(text: str, *, https_only: bool = False) -> Target | UrlProblem:
     """Take a URL apart and judge its form; one call costs about 8 µs."""
     try:
@@ -131,9 +161,11 @@ def _parse(text: str, *, https_only: bool) -> Target:
     host, ip = _literal6(pieces["v6"]) if pieces["v6"] is not None else _host(pieces["host"])
     path_and_query = _path(parts["path"] or "/", parts["query"] or "")
     target = Target("", scheme, host, port, path_and_query, ip)
-    return replace(
-        target, url=f"{scheme}://{target.host_header}{path_and_query}", origin=f"{scheme}://{target.lane}"
-    )
+    url = f"{scheme}://{target.host_header}{path_and_query}"
+    if len(url) > URL_MOST:
+        # percent-encoding has made it longer; what is stored must be accepted again when it is called
+        raise _Refused(f"the URL is longer than {URL_MOST} characters")
+    return replace(target, url=url, origin=f"{scheme}://{target.lane}")
 
 
 def _port(text: str | None, scheme: str) -> int:
@@ -142,7 +174,7 @@ def _port(text: str | None, scheme: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) <= 65535):
         raise _Refused("the port is not a number from 1 to 65535")
     port = int(text)
-    if port in BAD_PORTS:
+    if port in BAD_PORTS or port in SERVICE_PORTS:
         raise _Refused(f"port {port} belongs to another protocol and is never called")
     return port
 
@@ -180,7 +212,7 @@ def _check_name(host: str, labels: list[str]) -> None:
     for label in labels:
         if label.startswith("xn--"):
             _check_a_label(label)
-    if host in LOCALHOST or host.endswith(".localhost"):
+    if is_localhost(host):
         return
     if len(labels) == 1:
         raise _Refused("the host has a single label; write its full name")

@@ -134,7 +134,7 @@ class _Vetted(AbstractResolver):
     ) -> list[ResolveResult]:
         resolution = await self._resolver.resolve(host)
         if not resolution.addresses:
-            raise OSError(None, resolution.problem)
+            raise (AddressBlocked if resolution.blocked else OSError)(errno.EACCES, resolution.problem)
         return [
             ResolveResult(
                 hostname=host,
@@ -309,6 +309,8 @@ class Connections:
 def connect_failure(error: Exception) -> ConnectFailure | None:
     """What an error of the connector or the system means; None: it is a bug."""
     match error:
+        case aiohttp.ClientConnectorDNSError() if isinstance(error.os_error, AddressBlocked):
+            return ConnectFailure(OutcomeKind.BLOCKED, str(error.os_error.strerror))
         case aiohttp.ClientConnectorDNSError():
             reason = str(error.os_error.strerror or "the name could not be resolved")
             return ConnectFailure(OutcomeKind.DNS_FAILED, reason)

@@ -16,16 +16,20 @@ again, once, on a fresh channel, which then takes the old one's place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
+import re
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiodns
 import pycares
 
-from hookd.core.addresses import AddressRules, classify
+from hookd.core.addresses import TENANT_REASON, AddressRules, classify
+from hookd.core.urls import is_localhost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +39,9 @@ TTL_LEAST_S, TTL_MOST_S = 5.0, 300.0
 
 FAILURE_S = 5.0
 CACHE_MOST = 10_000
+ADDRESSES_MOST = 16
+"""Of each family, taken of one answer: it may have four thousand, and each costs memory here and time at every connection."""
+
 QUERY_TIMEOUT_S = 5.0
 CHANNEL_LIFE_S = 300.0
 """Also bounds c-ares' own cache, which keeps answers for up to an hour and cannot be turned off from Python."""
@@ -111,14 +118,11 @@ class Resolver:
             if verdict.allowed:
                 allowed.append(address)
             else:
-                refused.append((address, verdict))
+                refused.append(f"{address}: {verdict.detail}")
+        detail = "; ".join(refused)
         if allowed:
-            return Resolution(tuple(allowed))
-        return Resolution(
-            problem=refused[0][1].reason,
-            blocked=True,
-            detail="; ".join(f"{address}: {verdict.detail}" for address, verdict in refused),
-        )
+            return Resolution(tuple(allowed), detail=detail)
+        return Resolution(problem=TENANT_REASON, blocked=True, detail=detail)
 
     async def close(self) -> None:
         """Ask nothing more."""
@@ -133,7 +137,7 @@ class Resolver:
             return _Answer((str(ipaddress.ip_address(host)),), "", 0.0)
         except ValueError:
             pass
-        if host in ("localhost", "ip6-localhost", "ip6-loopback") or host.endswith(".localhost"):
+        if is_localhost(host):
             return _Answer(LOOPBACK, "", 0.0)
         answer = self._cache.get(host)
         if answer is None or answer.until <= self._mono():
@@ -153,7 +157,7 @@ class Resolver:
     async def _ask(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
-        addresses = tuple(address for records, _ in found for address, _ in records)
+        addresses = tuple(address for records, _ in found for address, _ in records[:ADDRESSES_MOST])
         now = self._mono()
         if addresses:
             ttl = min(ttl for records, _ in found for _, ttl in records)
@@ -173,6 +177,8 @@ class Resolver:
         channel = self._current()
         try:
             return await self._query_on(channel, host, kind), 0
+        except UnicodeError:
+            return [], pycares.errno.ARES_EBADNAME
         except aiodns.error.DNSError as error:
             code = int(error.args[0])
         if code == pycares.errno.ARES_ETIMEOUT:
@@ -218,24 +224,25 @@ class Resolver:
         )
 
 
+LOCAL_4 = re.compile(r"\|-- (\S+)\n\s+/32 host LOCAL")
+
+
 def own_addresses() -> frozenset[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """
     The addresses of this machine's interfaces, as far as the system tells without privileges.
 
-    Linux lists IPv6 in ``/proc/net/if_inet6``; for IPv4, and elsewhere, the addresses that routes would be taken from
-    are found by connecting a datagram socket, which sends nothing.
+    Linux lists them below ``/proc/net``; elsewhere the addresses that routes would be taken from are found by connecting
+    a datagram socket, which sends nothing.
     """
     found: set[ipaddress.IPv4Address | ipaddress.IPv6Address] = set()
-    try:
-        with open("/proc/net/if_inet6", encoding="ascii") as table:  # noqa: PTH123 - a kernel table
-            found.update(ipaddress.IPv6Address(int(line.split()[0], 16)) for line in table)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        table = Path("/proc/net/if_inet6").read_text(encoding="ascii")
+        found.update(ipaddress.IPv6Address(int(line.split()[0], 16)) for line in table.splitlines())
+    with contextlib.suppress(OSError, ValueError):
+        table = Path("/proc/net/fib_trie").read_text(encoding="ascii")
+        found.update(ipaddress.IPv4Address(address) for address in LOCAL_4.findall(table))
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as prober:
-                prober.connect((probe, 9))
-                found.add(ipaddress.ip_address(prober.getsockname()[0].partition("%")[0]))
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as prober:
+            prober.connect((probe, 9))
+            found.add(ipaddress.ip_address(prober.getsockname()[0].partition("%")[0]))
     return frozenset(found)

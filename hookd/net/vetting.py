@@ -23,7 +23,7 @@ class Vetted:
     reason: str = ""
     """Why it is refused, or what should be known although it is not; fit for a tenant."""
     detail: str = ""
-    """For the operator only."""
+    """For the operator only: the addresses that are never dialled, and why."""
 
 
 async def vet(url: str, resolver: Resolver | ByProxy, *, https_only: bool) -> Vetted:
@@ -43,4 +43,6 @@ async def vet(url: str, resolver: Resolver | ByProxy, *, https_only: bool) -> Ve
     found = await resolver.resolve(target.host)
     if found.blocked:
         return Vetted(allowed=False, target=target, reason=found.problem, detail=found.detail)
-    return Vetted(allowed=True, target=target, addresses=found.addresses, reason=found.problem)
+    return Vetted(
+        allowed=True, target=target, addresses=found.addresses, reason=found.problem, detail=found.detail
+    )

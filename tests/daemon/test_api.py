@@ -125,11 +125,12 @@ def test_browsers_of_other_sites_are_kept_out(api: Client) -> None:
 
 
 def test_the_token(tmp_path: Path, start_daemon: Callable[..., DaemonProcess]) -> None:
-    (tmp_path / "token").write_text("t0ken\n")
+    (tmp_path / "token").write_text("t0ken-t0ken-t0ken\n")
+    (tmp_path / "token").chmod(0o600)
     daemon = start_daemon(HOOKD_ADMIN__TOKEN_FILE=str(tmp_path / "token"))
     assert Client(daemon.admin)("GET", "/endpoints")[0] == 401
     assert Client(daemon.admin, authorization="Bearer wrong")("GET", "/endpoints")[0] == 401
-    assert Client(daemon.admin, authorization="Bearer t0ken")("GET", "/endpoints")[0] == 200
+    assert Client(daemon.admin, authorization="Bearer t0ken-t0ken-t0ken")("GET", "/endpoints")[0] == 200
     with urllib.request.urlopen(daemon.admin + "/healthz", timeout=10) as got:
         assert got.status == 200
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from hookd.core.addresses import AddressRules
-from hookd.net.resolver import Resolver
+from hookd.core.model import OutcomeKind
+from hookd.net.exchange import ExchangeOptions, HttpExchange
+from hookd.net.resolver import Resolver, own_addresses
+from tests.net.test_exchange import request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -27,6 +30,8 @@ class Dns(asyncio.DatagramProtocol):
 
     def __init__(self) -> None:
         self.records: dict[tuple[str, int], list[str]] = {}
+        self.then: dict[tuple[str, int], list[str]] = {}
+        """Records from the second answer on."""
         self.ttl = 60
         self.delay_s = 0.0
         self.silent = False
@@ -45,6 +50,8 @@ class Dns(asyncio.DatagramProtocol):
         name = ".".join(labels)
         self.asked.append((name, kind))
         found = self.records.get((name, kind), [])
+        if (name, kind) in self.then:
+            self.records[name, kind] = self.then[name, kind]
         known = any(key[0] == name for key in self.records)
         answers = b"".join(
             b"\xc0\x0c"
@@ -155,6 +162,24 @@ async def test_rebinding_is_judged_again(dns: Dns, make: Callable[..., Resolver]
 
 
 @with_dns
+async def test_rebinding_between_check_and_connection_is_called_what_it_is(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """The cache asks again at once, as with a TTL of 0: allowed, and then not."""
+    clock = iter(range(0, 10**9, 400))
+    resolver = make(mono=lambda: float(next(clock)))
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    dns.then = {("a.example", A): ["10.0.0.1"]}
+    http = HttpExchange(resolver, lambda: ALLOW, ExchangeOptions(), wall=time.time, mono=time.monotonic)
+    try:
+        outcome = await http.send(request("http://a.example/"))
+    finally:
+        await http.close()
+    assert not outcome.sent
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.BLOCKED, "the address is not allowed")
+
+
+@with_dns
 async def test_a_channel_that_learned_impatience_is_replaced(dns: Dns, make: Callable[..., Resolver]) -> None:
     """c-ares gives up after 0.25 s once it has seen thousands of quick answers; a slow name must resolve all the same."""
     resolver = make()
@@ -204,3 +229,15 @@ def test_odd_names_raise_nothing(host: str) -> None:
             await resolver.close()
 
     asyncio.run(go())
+
+
+def test_own_addresses_are_all_that_the_kernel_knows() -> None:
+    """As the kernel lets anybody find out: an address is this machine's own if a socket can be bound to it."""
+    own = own_addresses()
+    assert own
+    for address in own:
+        if address.is_link_local:
+            continue  # needs a scope
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as bound:
+            bound.bind((str(address), 0))

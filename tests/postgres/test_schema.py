@@ -174,7 +174,6 @@ def test_all_overloads(dsn: str, call: str, stored: str) -> None:
         ("select hookd.send('', '{}')", "1 to 255 characters"),
         ("select hookd.send('user.*', '{}')", "none of them a blank or"),
         ("select hookd.send(E'a\\nb', '{}')", "none of them a blank or"),
-        ("select hookd.send(E'a\\u2003b', '{}')", "none of them a blank or"),
         ("select hookd.send(repeat('ä', 256), '{}')", "1 to 255 characters"),
         ("select hookd.send('a', '{}', tenant => '')", "tenant of an event has 1 to 255"),
         ("select hookd.send('a', '{}', order_key => repeat('k', 1025))", "at most 1024 characters"),

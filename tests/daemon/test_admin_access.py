@@ -1,0 +1,291 @@
+"""Who may ask the admin server: raw requests, as browsers and programs send them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hookd.admin.access import Access
+from tests.cli import Cli
+from tests.corpus import read
+from tests.fuzzing import examples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.daemon_process import DaemonProcess
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+ENDPOINT = b'{"url": "http://127.0.0.1:9001/"}'
+
+NOBODY = "01890a5d-ac96-774b-bcce-b302099a8057"
+
+
+def ask(admin: str, line: str, *lines: str | bytes, body: bytes = b"") -> tuple[int, bytes, bytes]:
+    """One raw request; ``@`` in a line stands for the host and port that are listened on.  Status, head, body."""
+    where = urlsplit(admin)
+    assert where.hostname
+    assert where.port
+    head = [f"{line} HTTP/1.1".encode()]
+    head += [
+        text if isinstance(text, bytes) else text.replace("@", f"{where.hostname}:{where.port}").encode()
+        for text in lines
+    ]
+    head.append(b"Connection: close")
+    if body:
+        head.append(b"Content-Length: %d" % len(body))
+    with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
+        connection.sendall(b"\r\n".join(head) + b"\r\n\r\n" + body)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    top, _, rest = answer.partition(b"\r\n\r\n")
+    assert b"traceback" not in answer.lower()
+    return int(top.split(b" ")[1]), top, rest
+
+
+JSON = "Content-Type: application/json"
+CHANGES = (
+    ("POST /api/v1/endpoints", ENDPOINT),
+    (f"POST /api/v1/endpoints/{NOBODY}/pause", b""),
+    (f"POST /api/v1/endpoints/{NOBODY}/rotate", b"{}"),
+    (f"PATCH /api/v1/endpoints/{NOBODY}", b"{}"),
+    (f"DELETE /api/v1/endpoints/{NOBODY}", b""),
+    ("POST /api/v1/replay", b'{"tenant": "default"}'),
+)
+
+FOREIGN = (
+    ("Host: evil.example",),
+    ("Host: evil.example:8440",),
+    ("Host: rebound.localhost.evil.example",),
+    ("Host: 127.0.0.1.evil.example",),
+    ("Host: 0.0.0.0:8440",),
+    ("Host: 127.1",),
+    ("Host: 2130706433",),
+    ("Host: 10.0.0.1",),
+    ("Host: ",),
+    ("Host: @", "Origin: http://evil.example"),
+    ("Host: @", "Origin: https://evil.example:8440"),
+    ("Host: @", "Origin: null"),
+    ("Host: @", "Origin: file://"),
+    ("Host: @", "Origin: http://localhost:3000"),
+    ("Host: @", "Origin: http://@.evil.example"),
+    ("Host: @", "Origin: http://evil.example/@"),
+    ("Host: @", "Origin: "),
+    ("Host: @", "Origin: http://@, http://evil.example"),
+    ("Host: @", "Sec-Fetch-Site: cross-site"),
+    ("Host: @", "Sec-Fetch-Site: same-site"),
+    ("Host: @", "Sec-Fetch-Site: cross-site", "Origin: http://@"),
+    ("Host: @", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"),
+    ("Host: @", "Sec-Fetch-Site: SAME-ORIGIN"),
+)
+
+
+def test_pages_of_others_change_nothing_and_read_nothing(
+    tmp_path: Path, dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    admin = start_daemon().admin
+    for line, body in CHANGES:
+        for lines in FOREIGN:
+            status, head, _ = ask(admin, line, *lines, JSON, body=body)
+            assert status in (400, 403), (line, lines, head)
+            assert b"access-control" not in head.lower()
+    for lines in FOREIGN:
+        for path in ("/api/v1/endpoints", "/api/v1/status", "/metrics"):
+            assert ask(admin, f"GET {path}", *lines)[0] in (400, 403), (path, lines)
+    for content_type in (
+        "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "",
+        "text/plain; application/json", "application/json-patch+json",
+    ):  # fmt: skip
+        status, *_ = ask(
+            admin, "POST /api/v1/endpoints", "Host: @", f"Content-Type: {content_type}", body=ENDPOINT
+        )
+        assert status == 415, content_type
+    assert Cli(dsn, tmp_path).json("endpoint", "list") == [], "nothing of all that did anything"
+
+
+def test_programs_and_the_console_are_answered(
+    tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    admin = start_daemon().admin
+    for lines in (
+        ("Host: @",),
+        ("Host: localhost:1",),
+        ("Host: LOCALHOST",),
+        ("Host: 127.0.0.1",),
+        ("Host: 127.0.0.2:80",),
+        ("Host: [::1]:8440",),
+        ("Host: [::1]",),
+        ("Host: @", "Origin: http://@", "Sec-Fetch-Site: same-origin"),
+        ("Host: @", "Sec-Fetch-Site: none"),
+    ):
+        status, *_ = ask(admin, "POST /api/v1/endpoints", *lines, JSON, body=ENDPOINT)
+        assert status == 201, lines
+        assert ask(admin, "GET /api/v1/endpoints", *lines)[0] == 200
+    followed = (
+        "Host: @",
+        "Sec-Fetch-Site: cross-site",
+        "Sec-Fetch-Mode: navigate",
+        "Sec-Fetch-Dest: document",
+    )
+    assert ask(admin, "GET /", *followed)[0] == 200, "a link may lead to the console"
+    assert ask(admin, "GET /", "Host: @", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: iframe")[0] == 403
+    assert ask(admin, "GET /api/v1/status", *followed)[0] == 403
+    assert ask(admin, "GET /healthz", "Host: pod.example")[0] == 200, "probes know no name"
+    health = Cli("embedded", tmp_path).ok(
+        "health",
+        HOOKD_ADMIN__LISTEN=admin.removeprefix("http://"),
+        HTTP_PROXY="http://127.0.0.1:9/",
+        http_proxy="http://127.0.0.1:9/",
+    )
+    assert health.strip() == "ready", "hookd health asks the daemon and no proxy"
+
+
+def test_every_answer_carries_the_policy_and_nothing_is_inline(
+    start_daemon: Callable[..., DaemonProcess],
+) -> None:
+    admin = start_daemon().admin
+    for line, status in (
+        ("GET /", 200), ("GET /console.js", 200), ("GET /console.css", 200), ("GET /healthz", 200), ("GET /metrics", 200),
+        ("GET /api/v1/status", 200), ("GET /nothing", 404), ("PUT /api/v1/endpoints", 405), ("OPTIONS /api/v1/endpoints", 405),
+        ("GET /api/v1/endpoints/x", 422), ("TRACE /", 405),
+    ):  # fmt: skip
+        got, head, _ = ask(admin, line, "Host: @")
+        assert got == status, line
+        lower = head.lower()
+        policy = re.search(rb"content-security-policy: (.*)", lower)
+        assert policy, line
+        assert b"default-src 'none'" in policy[1]
+        assert b"unsafe" not in policy[1]
+        assert b"frame-ancestors 'none'" in policy[1]
+        assert b"x-content-type-options: nosniff" in lower
+        assert b"access-control-" not in lower
+        assert b"set-cookie" not in lower
+    _, head, page = ask(admin, "GET /", "Host: @")
+    assert b"text/html" in head
+    assert not re.search(rb"<script(?![^>]*\bsrc=)|<style|\bon\w+\s*=|style\s*=|javascript:", page)
+    assert {m.decode() for m in re.findall(rb'(?:src|href)="([^"]*)"', page)} == {
+        "/console.css",
+        "/console.js",
+    }
+    script = ask(admin, "GET /console.js", "Host: @")[2]
+    assert b"innerHTML" not in script
+    assert b"eval(" not in script
+    assert b"document.write" not in script
+
+
+def test_what_a_tenant_wrote_is_text_to_the_console(start_daemon: Callable[..., DaemonProcess]) -> None:
+    admin = start_daemon().admin
+    body = b'{"url": "http://127.0.0.1:9001/<script>alert(1)</script>", "description": "<img src=x onerror=alert(1)>"}'
+    assert ask(admin, "POST /api/v1/endpoints", "Host: @", JSON, body=body)[0] == 201
+    _, head, _ = ask(admin, "GET /api/v1/endpoints", "Host: @")
+    assert b"application/json" in head.lower()
+    assert b"nosniff" in head.lower()
+
+
+def test_odd_heads_end_in_an_answer(start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+    for line, lines in (
+        ("GET /", ()),
+        ("GET /", ("Host: @", "Host: evil.example")),
+        ("GET http://evil.example/", ("Host: evil.example",)),
+        ("GET /", (b"Host: \xff\xfe",)),
+        ("GET /", (b"Host: 127.0.0.1\x00",)),
+        ("GET /", ("Host: @", b"Origin: \xff")),
+        ("GET /" + "a" * 10_000, ("Host: @",)),
+        ("GET /", ("Host: @", "X: " + "a" * 10_000)),
+        ("GET /../../etc/passwd", ("Host: evil.example",)),
+        ("POST /api/v1/endpoints", ("Host: @", JSON, "Content-Length: 5", "Transfer-Encoding: chunked")),
+    ):
+        status, *_ = ask(daemon.admin, line, *lines)
+        assert 400 <= status < 500, (line[:40], lines)
+    big = b'{"url": "' + b"a" * 1024 * 1024 + b'"}'
+    assert ask(daemon.admin, "POST /api/v1/endpoints", "Host: @", JSON, body=big)[0] == 413
+    assert not daemon.said("a request to the API failed")
+
+
+def test_the_token_is_wanted_for_everything_but_probes(
+    tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    (tmp_path / "token").chmod(0o600)
+    daemon = start_daemon(HOOKD_ADMIN__TOKEN_FILE=str(tmp_path / "token"))
+    right = f"Authorization: Bearer {TOKEN}"
+    for wrong in (
+        "X: y", "Authorization: Bearer", "Authorization: Bearer ", f"Authorization: Bearer {TOKEN[:-1]}", f"Authorization: {TOKEN}",
+        f"Authorization: Bearer {TOKEN}x", f"Authorization: Basic {TOKEN}", f"Authorization: Bearer {TOKEN.upper()}",
+        b"Authorization: Bearer \xff\xfe", "Authorization: Bearer " + "a" * 8000, f"Cookie: token={TOKEN}",
+    ):  # fmt: skip
+        for line, body in (*CHANGES, ("GET /", b""), ("GET /metrics", b""), ("GET /api/v1/endpoints", b"")):
+            status, head, answer = ask(daemon.admin, line, "Host: @", wrong, JSON, body=body)
+            assert status == 401, (line, wrong)
+            assert b"www-authenticate: bearer" in head.lower()
+            assert TOKEN.encode() not in answer
+    assert ask(daemon.admin, f"GET /api/v1/endpoints?token={TOKEN}", "Host: @")[0] == 401
+    assert ask(daemon.admin, "GET /healthz", "Host: @")[0] == 200
+    assert ask(daemon.admin, "GET /api/v1/endpoints", "Host: hookd.example", right)[0] == 200
+    assert ask(daemon.admin, "GET /api/v1/endpoints", "Host: @", right.replace("Bearer", "bearer"))[0] == 200
+    status, *_ = ask(daemon.admin, "POST /api/v1/endpoints", "Host: @", right, JSON, body=ENDPOINT)
+    assert status == 201
+    foreign = ("Host: @", right, "Origin: http://evil.example", JSON)
+    assert ask(daemon.admin, "POST /api/v1/endpoints", *foreign, body=ENDPOINT)[0] == 403
+    assert TOKEN not in str(daemon.log())
+
+
+def test_the_corpus_is_refused_by_the_api(start_daemon: Callable[..., DaemonProcess]) -> None:
+    where = urlsplit(start_daemon(HOOKD_NETWORK__ALLOW="[]").admin)
+    client = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
+    for url, *_ in read("hostile_urls"):
+        for method, path in (("POST", "/api/v1/endpoints"), ("PATCH", f"/api/v1/endpoints/{NOBODY}")):
+            client.request(method, path, json.dumps({"url": url}), {"Content-Type": "application/json"})
+            answer = client.getresponse()
+            said = json.loads(answer.read())["error"]
+            assert (answer.status, said["code"]) in ((422, "url"), (400, "json")), (url, said)
+            assert "RFC" not in said["message"], "what the guard found out stays here"
+    client.request(
+        "POST",
+        "/api/v1/endpoints",
+        json.dumps({"url": "http://93.184.216.34/"}),
+        {"Content-Type": "application/json"},
+    )
+    assert client.getresponse().status == 201
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "said"),
+    [("", 0o600, "holds no token"), ("\n", 0o600, "holds no token"), ("short", 0o600, "holds no token"),
+     ("with a blank in the middle", 0o600, "holds no token"), (TOKEN, 0o644, "can be read or written by others")],
+)  # fmt: skip
+def test_a_token_that_is_none_is_refused_at_start(tmp_path: Path, content: str, mode: int, said: str) -> None:
+    (tmp_path / "token").write_text(content)
+    (tmp_path / "token").chmod(mode)
+    cli = Cli("embedded", tmp_path)
+    for command in ("check-config", "run"):
+        problem = cli.fails(
+            2, command, HOOKD_ADMIN__TOKEN_FILE=str(tmp_path / "token"), HOOKD_ADMIN__LISTEN="0.0.0.0:0"
+        )
+        assert said in problem
+        assert not content.strip() or content not in problem
+
+
+@examples(1000)
+@given(st.text(max_size=60), st.text(max_size=60), st.sampled_from([b"", TOKEN.encode()]))
+def test_no_head_breaks_the_gate(host: str, other: str, token: bytes) -> None:
+    access = Access("127.0.0.1", token)
+    headers = {"Host": host, "Origin": other, "Authorization": other, "Sec-Fetch-Site": other}
+    refused = access.refusal("POST", "/", headers, has_body=True, content_type="application/json")
+    assert refused is not None
+    assert not token or Access("127.0.0.1", token).refusal(
+        "GET", "/", {"Host": host, "Authorization": other}, has_body=False, content_type=""
+    )
