@@ -810,13 +810,23 @@ class Feed:
 
     async def _admit(self, rows: Sequence[Row]) -> None:
         self.arrived += len(rows)
-        missing = list({r.event_id for r in rows if r.replaced_by is None and r.event_id not in self._events})
         events: dict[UUID, Event] = {}
-        for start in range(0, len(missing), EVENTS_AT_ONCE):
-            events |= await self._reads.events(missing[start : start + EVENTS_AT_ONCE])
-        self._events.update(events)
+        missing: dict[UUID, None] = {}
         for row in rows:
-            event = events.get(row.event_id) or self._events.get(row.event_id)
+            if row.replaced_by is None:
+                # Held from here on: the last delivery of an event may end, and the event with it, while others are read.
+                event = self._events.get(row.event_id)
+                if event is None:
+                    missing[row.event_id] = None
+                else:
+                    events[row.event_id] = event
+        ids = list(missing)
+        for start in range(0, len(ids), EVENTS_AT_ONCE):
+            found = await self._reads.events(ids[start : start + EVENTS_AT_ONCE])
+            self._events.update(found)
+            events |= found
+        for row in rows:
+            event = events.get(row.event_id)
             if event is None:
                 # it is not sent: replaced, or its day was dropped by retention and the dispatcher ends it as expired
                 event = Event(row.event_id, "", "", b"", created_at=0.0, expires_at=0.0)

@@ -84,6 +84,7 @@ def test_nothing_that_is_printed_anywhere_has_a_secret_in_it(
     keyfile, token_file = str(tmp_path / "master.key"), tmp_path / "token"
     add_key(keyfile, MASTER)
     token_file.write_text(TOKEN)
+    token_file.chmod(0o600)
     environment = {
         "HOOKD_DATABASE__DSN": login, "HOOKD_SECURITY__MASTER_KEY_FILE": keyfile, "HOOKD_ADMIN__TOKEN_FILE": str(token_file),
     }  # fmt: skip

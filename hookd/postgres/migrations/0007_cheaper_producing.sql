@@ -47,7 +47,7 @@ as $$
 begin
   -- a regular expression costs 5 µs, and \s knows no more blanks than these in ASCII
   if type = '' or length(type) > 255 or strpos(type, '*') > 0
-     or type <> translate(type, E' \t\n\r\f\v', '') or (octet_length(type) > length(type) and type ~ '\s') then
+     or type <> translate(type, E' \t\n\r\f\x0b', '') or (octet_length(type) > length(type) and type ~ '\s') then
     raise exception 'hookd: the type of an event has 1 to 255 characters, none of them a blank or *: %', left(type, 300)
       using errcode = 'check_violation', constraint = 'event_type', table = 'event', schema = 'hookd',
             hint = 'Write for example user.created; patterns are for endpoints.';
