@@ -174,18 +174,19 @@ class Recorder:
             self.batches += 1
             self.statements += done.statements
             self.settled += len(done.ids)
-        if followers is not None:
-            ids = done.ids if done else set()
-            due_at = done.due_at if done else {}
-            followers.settled(
-                [
-                    r.delivery
-                    for r in ours
-                    if r.delivery.id in ids and r.verdict.kind is not VerdictKind.RETRY
-                ],
-                [(r.delivery, due_at[r.delivery.id]) for r in ours if r.delivery.id in due_at],
-                dropped=[r.delivery for r in batch if r.delivery.id not in ids],
-            )
+        if followers is None:
+            return
+        if done is not None and not done.due_at and len(done.ids) == len(batch):
+            # all of it was settled for good, which is the rule
+            followers.settled([r.delivery for r in batch], (), dropped=())
+            return
+        ids = done.ids if done else set()
+        due_at = done.due_at if done else {}
+        followers.settled(
+            [r.delivery for r in ours if r.delivery.id in ids and r.verdict.kind is not VerdictKind.RETRY],
+            [(r.delivery, due_at[r.delivery.id]) for r in ours if r.delivery.id in due_at],
+            dropped=[r.delivery for r in batch if r.delivery.id not in ids],
+        )
 
     async def _settle_alone(
         self, result: Result, problem: str, ledger: Ledger, followers: Followers | None

@@ -117,7 +117,7 @@ class Endpoint:
     """Headers that the subscriber asked for.  They may hold credentials, so they are not shown."""
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Event:
     """What happened.  Shared by all deliveries of it that are in memory."""
 
@@ -129,6 +129,8 @@ class Event:
     created_at: float
     expires_at: float | None = None
     headers: Mapping[str, str] | None = None
+    deliveries: int = 0
+    """Of it in memory.  Counted by the feed, which keeps it as long as there are any."""
     bodies: dict[BodyFormat, bytes] = field(default_factory=dict, repr=False)
     """Bodies already written, so that one event to 1,000 endpoints is serialised once (``core.bodies``)."""
 

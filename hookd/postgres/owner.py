@@ -277,7 +277,9 @@ class OwnerSession:
         try:
             async with self._connection.transaction():
                 await self._settle_rows(results, settled)
-                written = [r for r in results if r.delivery.id in settled.ids]
+                written = results
+                if len(settled.ids) < len(results):
+                    written = [r for r in results if r.delivery.id in settled.ids]
                 if written:
                     await self._connection.copy_records_to_table(
                         "attempt",
@@ -314,6 +316,8 @@ class OwnerSession:
             settled.statements += 1
 
     async def _settle_consequences(self, written: Sequence[Result], settled: Settled) -> None:
+        if all(r.verdict.kind is VerdictKind.DELIVERED and r.health is None for r in written):
+            return
         dead = [r for r in written if r.verdict.kind is VerdictKind.EXHAUSTED]
         if dead:
             graves = (

@@ -25,7 +25,7 @@ from hookd.core.signing import (
     parse_secret,
     public_key,
     sign,
-    signed_content,
+    signed_before,
     verify,
 )
 
@@ -90,7 +90,7 @@ def test_verify_takes_the_public_key_or_the_whole_pair(checker: str) -> None:
 def test_pynacl_makes_and_accepts_the_same_signatures(content: bytes, seed: bytes) -> None:
     secret = new_secret(seed, "ed25519")
     theirs = nacl.signing.SigningKey(seed)
-    signed = signed_content(ID, AT, content)
+    signed = signed_before(ID, AT) + content
     signature = sign([parse_secret(secret.reveal())], ID, AT, content)
     raw = base64.b64decode(signature.removeprefix("v1a,"))
     assert raw == theirs.sign(signed).signature
@@ -107,7 +107,7 @@ def test_node_accepts_them() -> None:
     assert public is not None
     for content in (b"", b"{}", '{"a":"\u2028😀\\r\\n"}'.encode()):
         signature = sign([parse_secret(secret.reveal())], "1", AT, content)
-        signed = signed_content("1", AT, content)
+        signed = signed_before("1", AT) + content
         assert node_accepts(public, signature, signed)
         assert not node_accepts(public, signature, signed + b" ")
 
