@@ -25,6 +25,7 @@ FLOORS = {
     "hookd.upkeep": 3,
     "hookd.verification": 3,
     "hookd.logs": 4,
+    "hookd.systemd": 4,
     "hookd.telemetry": 4,
     "hookd.daemon": 4,
     "hookd.admin": 4,

@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": ("verify", "verify", "Say whether a captured request's signature holds"),
     "listen": ("listen", "listen", "A receiver for development"),
     "health": ("inspect", "health", "Ask a running daemon whether it is well"),
+    "evict": ("inspect", "evict", "End the session of a daemon that hangs; the others take its hosts"),
     "demo": ("demo", "demo", "Receivers good and bad, and what becomes of their events"),
     "completion": ("configuration", "completion", "Completion for bash, zsh or fish"),
 }

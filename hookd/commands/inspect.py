@@ -246,6 +246,27 @@ def status(invocation: Invocation, lanes_shown: int) -> None:
 
 
 @click.command()
+@click.argument("node")
+@options
+@click.pass_obj
+def evict(invocation: Invocation, node: str) -> None:
+    """
+    End the session of the daemon NODE, as `hookd status` calls it, or the beginning of that name.
+
+    For a daemon that hangs, on a machine that cannot be reached: the others take over its hosts at once.  One that is alive
+    reconnects and gets its share again; to stop it, stop it.
+    """
+    from hookd.postgres.status import NoSuchNode  # noqa: PLC0415 - not for --help
+    from hookd.postgres.status import evict as end  # noqa: PLC0415
+
+    try:
+        name = with_connection(invocation, lambda c, _: end(c, node))
+    except NoSuchNode as problem:
+        raise Failed(str(problem)) from None
+    print_json({"evicted": name}) if invocation.json else click.echo(f"evicted {name}")
+
+
+@click.command()
 @options
 @click.pass_obj
 def health(invocation: Invocation) -> None:

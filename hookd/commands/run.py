@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +23,7 @@ from hookd.keyfile import KeyFileProblem
 from hookd.logs import configure
 from hookd.net.exchange import check_parts
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable
+from hookd.systemd import feed_watchdog, notify
 
 if TYPE_CHECKING:
     from hookd.commands import Invocation
@@ -66,6 +68,9 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
     await stopped
 
     def reload() -> Config | None:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        # it is applied before the event loop goes on
+        asyncio.get_running_loop().call_soon(notify, "READY=1")
         try:
             fresh = load(invocation.config_file).config
         except ConfigInvalid as error:
@@ -89,8 +94,10 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         stack.push_async_callback(admin.stop)
         ready = asyncio.create_task(_say_ready(daemon, listening))
         stack.callback(ready.cancel)
+        dog = asyncio.create_task(feed_watchdog())
+        stack.callback(dog.cancel)
         status = await daemon.run()
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
     return status
 
 
@@ -121,18 +128,7 @@ async def _say_ready(daemon: Daemon, listening: str | None) -> None:
     await daemon.ready.wait()
     shards = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
     log.info("ready", version=__version__, shards=shards, admin=listening or "off", pid=os.getpid())
-    _notify("READY=1")
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, where it asks (sd_notify(3))."""
-    import socket  # noqa: PLC0415 - rarely needed
-
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+    notify("READY=1")
 
 
 def _raise_descriptors(config: Config) -> None:

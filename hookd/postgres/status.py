@@ -240,3 +240,41 @@ def by_trouble(lanes: Sequence[Lane]) -> list[Lane]:
             lane.host,
         ),
     )
+
+
+OWNERS = """
+select n.id, n.backend, n.summary ->> 'version' as version, clock_timestamp() - n.seen_at as silence,
+       a.pid is not null as there
+  from hookd.node n
+  left join pg_stat_activity a
+    on a.pid = n.backend and a.datname = current_database() and a.application_name = 'hookd owner'
+ order by n.started_at
+"""
+
+EVICT = "select pg_terminate_backend($1)"
+
+
+class NoSuchNode(Exception):
+    """No daemon of that name has a session; the message says which there are."""
+
+
+async def evict(connection: asyncpg.Connection, name: str) -> str:
+    """
+    End the owner session of a daemon, and with it its locks; returns its full name.
+
+    The daemon finds its session lost, and comes back for its share if it can.  ``name`` is what ``status`` shows, or its
+    beginning.
+
+    Raises:
+        NoSuchNode: nobody, or more than one, is called that.
+    """
+    nodes = [row for row in await connection.fetch(OWNERS) if row["there"]]
+    found = [row for row in nodes if row["id"].startswith(name)]
+    exact = [row for row in found if row["id"] == name]
+    if len(exact or found) != 1:
+        there = ", ".join(row["id"] for row in nodes) or "none"
+        what = "more than one daemon is" if found else "no daemon is"
+        raise NoSuchNode(f"{what} called {name!r}; there are: {there}")
+    (row,) = exact or found
+    await connection.execute(EVICT, row["backend"])
+    return str(row["id"])

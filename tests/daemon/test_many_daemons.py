@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ from tests.receiver import OK, Receiver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from tests.daemon_process import DaemonProcess
     from tests.receiver import Call
@@ -163,3 +167,57 @@ def test_a_hosts_limit_holds_over_all_daemons(dsn: str, start_daemon: Callable[.
             assert 1.8 <= receiver.times[-1] - receiver.times[0] <= 5
 
     asyncio.run(go())
+
+
+def test_an_evicted_daemon_loses_its_shards_and_comes_back(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hookd", *arguments],
+            env={"HOOKD_DATABASE__DSN": dsn, "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    async def go() -> None:
+        start_daemon()
+        start_daemon()
+        await wait_for_shares(dsn, [32, 32])
+        async with asyncio.timeout(10):
+            while len(nodes := await fetch(dsn, "select id, backend from hookd.node order by started_at")) < 2:
+                await asyncio.sleep(0.05)
+        refused = await asyncio.to_thread(command, "evict", "nobody")
+        assert refused.returncode == 1
+        assert "no daemon is called 'nobody'; there are: " + nodes[0]["id"] in refused.stderr
+        done = await asyncio.to_thread(command, "evict", nodes[0]["id"])
+        assert (done.returncode, done.stdout) == (0, f"evicted {nodes[0]['id']}\n")
+        async with asyncio.timeout(20):
+            while (await fetch(dsn, "select backend from hookd.node where id = $1", nodes[0]["id"])) in (
+                [], [nodes[0]["backend"]],
+            ):  # fmt: skip
+                await asyncio.sleep(0.05)
+        await wait_for_shares(dsn, [32, 32])
+
+    asyncio.run(go())
+
+
+def test_systemd_is_told(dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        address = str(tmp_path / "notify")
+        listener.bind(address)
+        listener.settimeout(20)
+        daemon = start_daemon(NOTIFY_SOCKET=address, WATCHDOG_USEC="200000")
+        said: list[str] = []
+
+        def wait_for(state: str) -> None:
+            while not any(s.startswith(state) for s in said):
+                said.append(listener.recv(1000).decode())
+
+        wait_for("READY=1")
+        wait_for("WATCHDOG=1")
+        said.clear()
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_for("RELOADING=1\nMONOTONIC_USEC=")
+        wait_for("READY=1")
+        assert daemon.stop() == 0
+        wait_for("STOPPING=1")
