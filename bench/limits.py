@@ -2,7 +2,7 @@
 Whether limits are kept and used: 200 hosts with rates from 1 to 100 a second and concurrency from 1 to 10, all with a
 backlog.
 
-    python bench/limits.py [--seconds 40] [--json]
+    python bench/limits.py [--seconds 40] [--daemons 2] [--json]
 
 180 hosts have rates that grow on a logarithmic scale, more of them low than high, so that all together stay at about half of
 what a core can send (a daemon that has no time left is late whatever its timers are), and the concurrency goes round with
@@ -15,6 +15,8 @@ burst of 5, the others in the columns of their endpoint.
 rate * t + max(1, burst).  Divided by the rate it is the time by which a request was early beside an earlier one: jitter on
 the way explains that much.  The receiver notes a request late when its own loop is late, which is shown beside it.
 *Used*: after five seconds to warm up, the requests in the window against rate * seconds, where the rate is the limit.
+
+With ``--daemons 2`` two divide the hosts among them first, and share one core; then the events are inserted.
 
 Goals: overshoot explained by 5 ms beyond the receiver's own lateness, concurrency never exceeded, used >= 0.99 in total.
 """
@@ -32,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
-from stage import Stage, percentile
+from stage import Daemon, Stage, percentile
 
 HOSTS = 200
 WARM_UP_S = 5
@@ -117,7 +119,25 @@ def used(came: list[float], host: Limited, begun: float, ended: float) -> float:
     return (last - first) / (host.rate * (until - since))
 
 
-async def measured(stage: Stage, seconds: float) -> dict[str, Any]:
+OWNED = """
+select count(*) as shards from pg_locks
+ where locktype = 'advisory' and classid = 1752133483 and granted
+   and database = (select oid from pg_database where datname = current_database())
+ group by pid
+"""
+
+
+async def divided(connection: asyncpg.Connection, daemons: int) -> None:
+    """Wait until each daemon has its share."""
+    async with asyncio.timeout(30):
+        while True:
+            owned = [row["shards"] for row in await connection.fetch(OWNED)]
+            if len(owned) == daemons and sum(owned) == 64 and max(owned) - min(owned) <= 1:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def measured(stage: Stage, seconds: float, count: int = 1) -> dict[str, Any]:
     limited = hosts(stage)
     tenants = [host.name for host in limited]
     await stage.fresh_database()
@@ -139,19 +159,28 @@ async def measured(stage: Stage, seconds: float) -> dict[str, Any]:
         )
     connection = await asyncpg.connect(stage.dsn)
     wanted = [int(h.most_per_s * (WARM_UP_S + seconds + MARGIN_S)) + h.burst + 20 for h in limited]
+    daemons: list[Daemon] = []
+    if count > 1:
+        daemons = [stage.daemon(HOOKD_CONFIG=str(config)) for _ in range(count)]
+        await divided(connection, count)
+        stage.stats()
     await connection.execute(PENDING, tenants, wanted)
-    await connection.execute("vacuum analyze")
-    await connection.execute("checkpoint")
-    stage.stats()
-    daemon = stage.daemon(HOOKD_CONFIG=str(config))
+    if count == 1:
+        await connection.execute("vacuum analyze")
+        await connection.execute("checkpoint")
+        stage.stats()
+        daemons = [stage.daemon(HOOKD_CONFIG=str(config))]
     await asyncio.sleep(WARM_UP_S)
-    begun, cpu = time.monotonic(), daemon.cpu_s()
+    begun, cpu = time.monotonic(), sum(d.cpu_s() for d in daemons)
     await asyncio.sleep(seconds)
-    ended, cpu = time.monotonic(), daemon.cpu_s() - cpu
+    ended, cpu = time.monotonic(), sum(d.cpu_s() for d in daemons) - cpu
     stats = stage.stats()
     empty = await connection.fetch(EMPTY)
     assert not empty, f"nothing is pending any more at {[r[0] for r in empty]}"
-    daemon.stop()
+    if count > 1:
+        await divided(connection, count)
+    for daemon in daemons:
+        daemon.stop()
     await connection.close()
     await stage.nothing_lost(sum(wanted), stats["count"] + stage.stats()["count"])
     return figures(limited, stats, begun, ended) | {"core": cpu / (ended - begun)}
@@ -207,11 +236,12 @@ def figures(limited: list[Limited], stats: dict[str, Any], begun: float, ended: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--daemons", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="with the figures of each host")
     given = parser.parse_args()
     stage = Stage()
     try:
-        found = asyncio.run(measured(stage, given.seconds))
+        found = asyncio.run(measured(stage, given.seconds, given.daemons))
     finally:
         stage.close()
     if given.json:
@@ -230,7 +260,7 @@ def _print(found: dict[str, Any], given: argparse.Namespace) -> None:
     worst, least = found["worst"], found["least"]
     shares = found["used_of_concurrency"]
     print(
-        f"{HOSTS} hosts with a backlog for {given.seconds:g} s: {found['per_s']:,.0f}/s, core {found['core']:.2f}"
+        f"{HOSTS} hosts with a backlog for {given.seconds:g} s, {given.daemons} daemon{'s' * (given.daemons > 1)}: {found['per_s']:,.0f}/s, core {found['core']:.2f}"
     )
     print(f"  above rate * t + burst: {found['over']:.2f} requests at most; explained by jitter of {found['jitter_ms']:.1f} ms at most ({_said(worst)}), {found['jitter_p50_ms']:.1f} ms at the median host, {found['jitter_warm_ms']:.1f} ms at most after warm-up; "
           f"goal {GOALS['jitter_ms']:g} ms + the receiver's lateness: {found['late_p999_ms']:.1f} ms at p99.9, {found['late_most_ms']:.1f} ms at most")  # fmt: skip

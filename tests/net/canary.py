@@ -31,6 +31,8 @@ from tests.spelling import as_host, as_ipv6
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hookd.core.proxies import Proxy
+
 PORTS = (80, 443, 3000, 4000, 5000, 8000, 8080, 8440, 8443, 9090, 9200, 10000, 22, 5432, 6379)
 
 PUBLIC_4, PUBLIC_6 = "93.184.216.34", "2606:4700::1111"
@@ -293,10 +295,12 @@ async def try_all(every: int) -> Report:
     from hookd.core.addresses import AddressRules
     from hookd.core.composer import Composer, Wire
     from hookd.core.model import BodyFormat, Delivery, DeliveryId, Endpoint, EndpointKey, Event
+    from hookd.core.proxies import parse_proxy
     from hookd.core.request import InvalidRequest, Request, prepare_head
     from hookd.core.urls import Target
     from hookd.net import resolver as resolver_module
     from hookd.net.exchange import ExchangeOptions, HttpExchange
+    from tests.net.test_tunnel import ProxyServer
 
     rules = AddressRules(own=frozenset({ipaddress.ip_address(OWN)}))
     wire = Wire("hookd/test", BodyFormat.RAW, 4.0, 1.0)
@@ -326,12 +330,19 @@ async def try_all(every: int) -> Report:
             report.written += outcome.sent + outcome.redirects - bool(refused_hop)
             report.note(attempt, outcome.kind.value, outcome.reason)
 
-    async def all_of(attempts: list[Attempt], mono: Callable[[], float]) -> None:
+    async def all_of(
+        attempts: list[Attempt], mono: Callable[[], float], proxy: Proxy | None = None
+    ) -> None:
         resolver = resolver_module.Resolver(
             lambda: rules, nameservers=[":".join(map(str, DNS_ADDRESS))], mono=mono
         )
         http = HttpExchange(
-            resolver, lambda: rules, ExchangeOptions(redirects="any"), wall=time.time, mono=time.monotonic
+            resolver,
+            lambda: rules,
+            ExchangeOptions(redirects="any"),
+            wall=time.time,
+            mono=time.monotonic,
+            proxy=proxy,
         )
         try:
             for start in range(0, len(attempts), 100):
@@ -348,6 +359,13 @@ async def try_all(every: int) -> Report:
     least, resolver_module.TTL_LEAST_S = resolver_module.TTL_LEAST_S, 0.0
     await all_of(within, time.monotonic)
     resolver_module.TTL_LEAST_S = least
+
+    # once more through a proxy that connects to whatever it is asked for
+    async with ProxyServer() as proxy:
+        through = list(generator.generate())[:: 3 * every]
+        for attempt in through:
+            attempt.position = f"by proxy, {attempt.position}"
+        await all_of(through, time.monotonic, parse_proxy(proxy.url()))
 
     pairs = generator.rebinding()[::every]
     jump = 0.0
