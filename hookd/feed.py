@@ -15,12 +15,8 @@ Four reads move these.  *Recovery* sets places for all endpoints that have rows.
 last snapshot did not see; they are held while there is room, and behind a place they are left for the refill.
 *Refill* reads on from the places.  *Heads* brings the oldest row of an order key.
 
-Order: a row with an order key goes into memory by one way only, as the oldest of its key, and one of a key at a time.
-Arrivals and refills pass such rows over and ask for the head of their key; so does the end of the one in memory.
-
-Coalescing: each read says of a row that was not attempted whether a newer one of its coalesce key is pending, and if so
-it ends there and then.  A row that is the newest makes those end that wait in memory, and, by a read of their own, those
-that wait in the queue.  Of a coalesce key one delivery at a time is under way; when it ends the newest is read.
+Order and coalescing: ``core.heads`` and ``core.states`` say which row of a key may go into memory, and what is to be read
+when it has ended.
 
 Why nothing is lost: the reads run one after another on one connection, so each sees at least what the one before saw.
 A refill that returns fewer rows than asked for has reached the end as of its snapshot, and whatever becomes visible
@@ -42,7 +38,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
+from hookd.core.heads import Heads
 from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
+from hookd.core.states import States
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Sequence
@@ -185,19 +183,8 @@ class Feed:
         """Endpoints with rows that have fallen due and perhaps room."""
         self._full: set[EndpointKey] = set()
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
-        self._heads: dict[tuple[EndpointKey, str], DeliveryId] = {}
-        """Of each order key in memory: its delivery."""
-        self._heads_asked: dict[tuple[EndpointKey, str], int] = {}
-        """Order keys whose oldest row is to be read, and the id up to which none is left."""
-        self._heads_late: dict[tuple[EndpointKey, str], int] = {}
-        """Order keys for which an older row came while a newer one is in memory: just below its id."""
-        self._states: dict[tuple[EndpointKey, str], DeliveryId] = {}
-        """Of each coalesce key in memory: the delivery that stands for it."""
-        self._newest: dict[tuple[EndpointKey, str], tuple[DeliveryId, UUID]] = {}
-        """Of those that a read has brought: what older ones are replaced by."""
-        self._awaited: set[tuple[EndpointKey, str]] = set()
-        """A newer one waits in the queue until the one under way has ended."""
-        self._states_ended: dict[tuple[EndpointKey, str], None] = {}
+        self._heads = Heads()
+        self._states = States()
         self._unread_shards: set[int] = set()
         self._left_shards: set[int] = set()
         """To be let go of at the next turn."""
@@ -282,7 +269,7 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-        if self._heads_asked or self._states_ended or self._hungry or self._dues or self._due_now:
+        if self._heads or self._states or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -336,16 +323,17 @@ class Feed:
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
         brought = await self._read_arrivals()
-        if self._states_ended:
-            states, self._states_ended = list(self._states_ended), {}
-            brought |= await self._read_heads(self._reads.latest(states), ordered=False)
+        if self._states:
+            latest = self._reads.latest(self._states.demands())
+            brought |= await self._read_heads(latest, ordered=False)
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
-        if self._heads_asked:
-            heads, self._heads_asked = [(*key, after) for key, after in self._heads_asked.items()], {}
-            brought |= await self._read_heads(self._reads.heads(heads), ordered=True)
-        if self._newest:
-            await self._read_replaced()
+        if self._heads:
+            heads = self._reads.heads(self._heads.demands())
+            brought |= await self._read_heads(heads, ordered=True)
+        replacing = self._states.replacing()
+        if replacing:
+            await self._read_replaced(replacing)
         return brought
 
     async def _rest(self, longest_s: float, *, early: bool = True) -> None:
@@ -542,15 +530,15 @@ class Feed:
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
         if row.coalesce_key is not None:
-            self._note_newest(row)
+            self._states.note(row)
         if row.replaced_by is None:
             if not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room)):
                 return False
             if row.order_key is not None and state is EndpointState.ACTIVE:
-                self._ask_head(row)
+                self._heads.met((row.endpoint, row.order_key), row.id)
                 room[row.endpoint] += 1
                 return False
-            if not self._stands(row):
+            if not self._states.stands(row, self._give_way):
                 return False
         self.known.add(row.id)
         room[row.endpoint] += 1
@@ -595,14 +583,10 @@ class Feed:
         await self._admit(taken)
         return bool(taken)
 
-    async def _read_replaced(self) -> None:
+    async def _read_replaced(self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]]) -> None:
         """End what the newest rows of coalesce keys replace."""
-        newest, self._newest = self._newest, {}
         self._reading = True
-        rows = await self._reads.older(
-            [(*key, delivery_id, event_id) for key, (delivery_id, event_id) in newest.items()],
-            REPLACED_AT_ONCE,
-        )
+        rows = await self._reads.older(newer, REPLACED_AT_ONCE)
         taken: list[Row] = []
         counts: Counter[tuple[EndpointKey, str]] = Counter()
         for row in rows:
@@ -613,7 +597,7 @@ class Feed:
             elif row.id not in self._remembered and row.shard in self.shards:
                 self.known.add(row.id)
                 taken.append(row)
-        self._newest |= {key: newest[key] for key, count in counts.items() if count >= REPLACED_AT_ONCE}
+        self._states.again(n for n in newer if counts[n[0], n[1]] >= REPLACED_AT_ONCE)
         self._taken_in()
         await self._admit(taken)
 
@@ -719,75 +703,19 @@ class Feed:
         if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
             return False
         if row.coalesce_key is not None:
-            self._note_newest(row)
+            self._states.note(row)
         if row.replaced_by is None:
             if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
                 if not head:
-                    self._ask_head(row)
+                    self._heads.met((row.endpoint, row.order_key), row.id)
                     return False
-                if self._heads.setdefault((row.endpoint, row.order_key), row.id) != row.id:
-                    return False  # it asks for the next one when it ends
-            if not self._stands(row):
-                if row.order_key is not None and self._heads.get((row.endpoint, row.order_key)) == row.id:
-                    del self._heads[row.endpoint, row.order_key]
+                if not self._heads.take((row.endpoint, row.order_key), row.id):
+                    return False
+            if not self._states.stands(row, self._give_way):
+                if row.order_key is not None:
+                    self._heads.give_back((row.endpoint, row.order_key), row.id)
                 return False
         self.known.add(row.id)
-        return True
-
-    # Order.
-
-    def _ask_head(self, row: Row) -> None:
-        """The oldest row of this one's order key is to be read, unless one is in memory and asks for it when it ends."""
-        assert row.order_key is not None
-        key = row.endpoint, row.order_key
-        head = self._heads.get(key)
-        if head is None:
-            self._heads_asked[key] = 0
-        elif row.id < head:
-            self._heads_late[key] = min(self._heads_late.get(key, row.id - 1), row.id - 1)
-
-    def _ask_next(
-        self, endpoint: EndpointKey, order_key: str, delivery_id: DeliveryId, *, gone: bool
-    ) -> None:
-        """One of an order key is not in memory any more: ask for the next, unless its head is another."""
-        key = endpoint, order_key
-        head = self._heads.get(key)
-        if head is None:
-            # it was replaced, and whoever asked meanwhile saw it standing in front
-            if self._state(endpoint) is EndpointState.ACTIVE:
-                self._heads_asked[key] = 0
-        elif head == delivery_id:
-            del self._heads[key]
-            after = delivery_id if gone else delivery_id - 1
-            after = min(after, self._heads_late.pop(key, after))
-            self._heads_asked[key] = min(after, self._heads_asked.get(key, after))
-
-    # Coalescing.
-
-    def _note_newest(self, row: Row) -> None:
-        """Older rows of this one's coalesce key are to end."""
-        assert row.coalesce_key is not None
-        if row.replaced_by is None:
-            key = row.endpoint, row.coalesce_key
-            self._newest[key] = max(self._newest.get(key, (row.id, row.event_id)), (row.id, row.event_id))
-
-    def _stands(self, row: Row) -> bool:
-        """
-        Whether a row may go into memory as far as its coalesce key is concerned.
-
-        An older one that waits there gives way; while one is under way it waits in the queue, and is read when that ends.
-        """
-        if row.coalesce_key is None:
-            return True
-        key = row.endpoint, row.coalesce_key
-        held = self._states.get(key)
-        if held is not None:
-            if held > row.id:
-                return True  # a retry of an older one: it was attempted, so it is not replaced
-            if not self._give_way(row.endpoint, held, row.event_id):
-                self._awaited.add(key)
-                return False
-        self._states[key] = row.id
         return True
 
     def _give_way(self, endpoint: EndpointKey, delivery_id: DeliveryId, replaced_by: UUID | None) -> bool:
@@ -895,15 +823,12 @@ class Feed:
             del self._events[event.id]
         if self._reading:
             self._remembered.add(delivery.id)
+        key = delivery.endpoint
         if delivery.order_key is not None:
-            self._ask_next(delivery.endpoint, delivery.order_key, delivery.id, gone=gone)
+            wanted = self._state(key) is EndpointState.ACTIVE
+            self._heads.left((key, delivery.order_key), delivery.id, gone=gone, wanted=wanted)
         if delivery.coalesce_key is not None:
-            key = delivery.endpoint, delivery.coalesce_key
-            if self._states.get(key) == delivery.id:
-                del self._states[key]
-                if key in self._awaited:
-                    self._awaited.discard(key)
-                    self._states_ended[key] = None
+            self._states.left((key, delivery.coalesce_key), delivery.id)
 
     def _fell_due(self, key: EndpointKey) -> None:
         backlog = self._backlog(key)
