@@ -296,11 +296,11 @@ class Stage:
         self._children.append(child)
         return child
 
-    def daemon(self, **environment: str) -> Daemon:
-        """Start one and wait until it delivers."""
+    def daemon(self, program: Sequence[str] = ("-m", "hookd"), **environment: str) -> Daemon:
+        """Start one and wait until it delivers; ``program`` is what Python runs."""
         begun = time.monotonic()
         process = self.child(
-            "-m", "hookd", "run",
+            *program, "run",
             **{
                 "HOOKD_DATABASE__DSN": self.dsn, "HOOKD_NETWORK__ALLOW": json.dumps(self._allow),
                 "HOOKD_NETWORK__CA_FILE": self.ca_file,
