@@ -72,9 +72,10 @@ ENDPOINT_POLL_S = 0.5
 QUEUE_LEAST, QUEUE_MOST = 4, 1024
 """Rows of one endpoint in memory: it starts with the least, and its bound moves by how soon it asks for more."""
 
-SOON_S = 0.2
+SOON_S = 0.1
 LATE_S = 2.0
-"""A queue that asks again within ``SOON_S`` gets twice the bound, one that took ``LATE_S`` gets half."""
+"""A queue that asks again within ``SOON_S`` gets twice the bound, one that took ``LATE_S`` gets half.  (With 0.2 s eight hosts
+at 1,900/s each held 1,024 rows, as fast as with 512, and 5 MB more.)"""
 
 RECLAIM_S = 1.0
 """Between looks at whether memory holds too much that does not move."""

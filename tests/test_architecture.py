@@ -164,7 +164,7 @@ MAY_REACH_OUT = {
     ("hookd.commands.demo", "asyncio.create_subprocess_exec"): "starts hookd itself",
     ("hookd.commands.doctor", "loop.getaddrinfo"): "looks up example.com and ipv4only.arpa, to say what DNS does",
     ("hookd.commands.inspect", "urllib.request.build_opener"): "hookd health asks the daemon at admin.listen",
-    ("hookd.commands.run", "socket.socket"): "systemd's notification socket",
+    ("hookd.systemd", "socket.socket"): "systemd's notification socket",
 }  # fmt: skip
 """Everything else that opens a connection, and why no stranger decides where it goes.  A new one is argued for here."""
 

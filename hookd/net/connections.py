@@ -249,6 +249,9 @@ class Connections:
         resolution = await self._resolver.resolve(target.host)
         failure = ConnectFailure(OutcomeKind.DNS_FAILED, resolution.problem)
         for address in resolution.addresses[:ADDRESSES_TRIED]:
+            # once more, as a socket's address is: unless it is a name, which the proxy judges
+            if not isinstance(self._resolver, ByProxy) and not classify(address, self._rules()).allowed:
+                return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
             try:
                 transport = await open_tunnel(proxy, target, address, self._context)
             except NoTunnel as error:
