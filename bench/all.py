@@ -65,6 +65,7 @@ SCRIPTS = (
     Script("failover", "--times 15", "--times 3", 90),
     Script("inflight", "--seconds 15", "--seconds 3 --hosts 20", 90),
     Script("limits", "--seconds 20", "--seconds 5", 90),
+    Script("limits-2", "--seconds 20 --daemons 2", "--seconds 5 --daemons 2", 90, "limits.py"),
     Script("throttled", "--rounds 1 --deliveries 40000", "--rounds 1 --deliveries 4000 --hosts 200", 120),
 )  # fmt: skip
 
