@@ -75,7 +75,9 @@ def main() -> None:
     if given.json:
         print(json.dumps(found))
         return
-    print(f"{given.deliveries:,} deliveries, {HOSTS} hosts, {PAYLOAD} B; the first and last line are the constants as they are")
+    print(
+        f"{given.deliveries:,} deliveries, {HOSTS} hosts, {PAYLOAD} B; the first and last line are the constants as they are"
+    )
     print("  at most  enough  waits ms  deliveries/s  µs CPU  PostgreSQL µs")
     for row in found:
         constants = row["constants"]

@@ -184,7 +184,9 @@ def test_an_evicted_daemon_loses_its_shards_and_comes_back(
         start_daemon()
         await wait_for_shares(dsn, [32, 32])
         async with asyncio.timeout(10):
-            while len(nodes := await fetch(dsn, "select id, backend from hookd.node order by started_at")) < 2:
+            while (
+                len(nodes := await fetch(dsn, "select id, backend from hookd.node order by started_at")) < 2
+            ):
                 await asyncio.sleep(0.05)
         refused = await asyncio.to_thread(command, "evict", "nobody")
         assert refused.returncode == 1

@@ -330,9 +330,7 @@ async def try_all(every: int) -> Report:
             report.written += outcome.sent + outcome.redirects - bool(refused_hop)
             report.note(attempt, outcome.kind.value, outcome.reason)
 
-    async def all_of(
-        attempts: list[Attempt], mono: Callable[[], float], proxy: Proxy | None = None
-    ) -> None:
+    async def all_of(attempts: list[Attempt], mono: Callable[[], float], proxy: Proxy | None = None) -> None:
         resolver = resolver_module.Resolver(
             lambda: rules, nameservers=[":".join(map(str, DNS_ADDRESS))], mono=mono
         )
