@@ -62,7 +62,8 @@ BUSY_PAUSE_S = 0.012
 
 BUSY_READS = 20
 """So many reads with arrivals within ``BUSY_WITHIN_S`` make it worth telling producers to stop notifying: below that
-a NOTIFY for each commit is cheap, and wakes sooner than polling would."""
+a NOTIFY for each commit is cheap, and wakes sooner than polling would.  So does plenty to send: a feed that reads again for
+that needs nobody to tell it, and reads too slowly to count to twenty (16 producers beside it made 1,250 commits a second)."""
 
 BUSY_WITHIN_S = 0.25
 
@@ -305,10 +306,10 @@ class Feed:
             if active:
                 quiet_since = now
                 brought.append(now)
-                if asleep and now - brought[0] < BUSY_WITHIN_S:
+                plenty = self._line.total_waiting() > self._window // 4
+                if asleep and (plenty or now - brought[0] < BUSY_WITHIN_S):
                     await self._reads.flag_sleep(self.shards, asleep=False)
                     asleep, horizon = False, None
-                plenty = self._line.total_waiting() > self._window // 4
                 await self._rest(BUSY_PAUSE_S if plenty else PAUSE_S, early=asleep)
                 continue
             if not asleep and now - quiet_since >= QUIET_S:
@@ -319,6 +320,8 @@ class Feed:
                 horizon = None
             # without a horizon that has passed, a transaction that looked at the flag too early may still commit
             await self._rest(SLEEP_POLL_S if asleep and horizon is None else PAUSE_S)
+        # Nobody reads any more, so nobody wants to be told; who owns these next raises the flag again.
+        await self._reads.flag_sleep(self.shards, asleep=False)
         self.shards, self._unread_shards, self._left_shards = set(), set(), set()
 
     async def _turn(self) -> bool:
