@@ -367,10 +367,8 @@ def _home(wanted: Path, account: _Account) -> Path:
         home = ELSEWHERE / f"data-{digest}"
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        if not home.is_dir():
-            home.mkdir(mode=0o700)
-            if account.other:
-                os.chown(home, account.uid, account.gid)
+        # with exist_ok, for another hookd may be making it at the same moment; whose it is, is looked at below
+        home.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise EmbeddedProblem(f"database.data_dir {home} cannot be made: {error.strerror}") from None
     if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
