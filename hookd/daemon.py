@@ -31,7 +31,7 @@ from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
 from hookd.core.model import BodyFormat, VerdictKind
-from hookd.core.shares import Plan, plan, share
+from hookd.core.shares import Plan, plan
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
 from hookd.keyfile import KeyFileProblem, read_keyring
@@ -262,7 +262,7 @@ class Daemon:
             maintenance = Maintenance(await self._database.connect("upkeep"))
             stack.push_async_callback(maintenance.close)
             await owner.join()
-            await owner.acquire(plan(await owner.look(), (), (), ()).take)
+            await owner.acquire(plan(await owner.look(), (), (), tuple).take)
             await self.recorder.run(owner, None, until_empty=True)
             feed = Feed(
                 queue,
@@ -311,7 +311,7 @@ class Daemon:
             else:
                 view = await owner.look()
                 alone = len(view.members) == 1
-                todo = plan(view, owner.shards, leaving, self._idlest(owner, share(view)))
+                todo = plan(view, owner.shards, leaving, lambda: self._idlest(owner.shards))
             if todo.leave:
                 feed.leave(todo.leave)
                 leaving.update(todo.leave)
@@ -331,12 +331,9 @@ class Daemon:
                     log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
                     feed.own(gained)
 
-    def _idlest(self, owner: OwnerSession, share: int) -> list[int]:
-        """The shards that are owned, those with the least to do first; in any order if none has to be left."""
-        if len(owner.shards) <= share:
-            return list(owner.shards)
+    def _idlest(self, shards: set[int]) -> list[int]:
         busy = self.dispatcher.busy_shards()
-        return sorted(owner.shards, key=lambda shard: (busy[shard], shard))
+        return sorted(shards, key=lambda shard: (busy[shard], shard))
 
     async def _vouch(self, owner: OwnerSession) -> None:
         while True:

@@ -179,6 +179,15 @@ class OutcomeKind(enum.StrEnum):
     """A fault of this machine (descriptors, ports, no route, proxy down): nobody is blamed, it is tried again."""
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectFailure:
+    """Why there is no connection."""
+
+    kind: OutcomeKind
+    reason: str
+    """Fit for a tenant."""
+
+
 @dataclass(slots=True, eq=False)
 class Outcome:
     """

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from hookd.core.model import OutcomeKind, Secret
+from hookd.core.model import ConnectFailure, OutcomeKind, Secret
 
 SCHEMES = {"http": 3128, "https": 443, "socks5": 1080}
 
@@ -65,15 +65,7 @@ def parse_proxy(text: str) -> Proxy:
     return Proxy(parts.scheme, host, port or SCHEMES[parts.scheme], user, Secret(password))
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why there is no tunnel."""
-
-    kind: OutcomeKind
-    reason: str
-
-
-def connect_refusal(status: int, headers: bytes) -> Refusal | None:
+def connect_refusal(status: int, headers: bytes) -> ConnectFailure | None:
     """
     What a proxy's answer to CONNECT means; None: the tunnel stands.
 
@@ -83,28 +75,28 @@ def connect_refusal(status: int, headers: bytes) -> Refusal | None:
     if 200 <= status < 300:
         return None
     if status == 403 or (status == 407 and b"x-smokescreen-error" in headers.lower()):
-        return Refusal(OutcomeKind.BLOCKED, REFUSED_BY_PROXY)
+        return ConnectFailure(OutcomeKind.BLOCKED, REFUSED_BY_PROXY)
     if status == 502:
-        return Refusal(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
+        return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
     if status == 504:
-        return Refusal(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out")
-    return Refusal(OutcomeKind.OURS, f"the egress proxy answered {status}")
+        return ConnectFailure(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out")
+    return ConnectFailure(OutcomeKind.OURS, f"the egress proxy answered {status}")
 
 
 SOCKS_REPLIES = {
-    2: Refusal(OutcomeKind.BLOCKED, REFUSED_BY_PROXY),
-    3: Refusal(OutcomeKind.CONNECT_FAILED, "the connection could not be opened"),
-    4: Refusal(OutcomeKind.CONNECT_FAILED, "the connection could not be opened"),
-    5: Refusal(OutcomeKind.CONNECT_REFUSED, "the connection was refused"),
-    6: Refusal(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out"),
+    2: ConnectFailure(OutcomeKind.BLOCKED, REFUSED_BY_PROXY),
+    3: ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened"),
+    4: ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened"),
+    5: ConnectFailure(OutcomeKind.CONNECT_REFUSED, "the connection was refused"),
+    6: ConnectFailure(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out"),
 }
 """RFC 1928, 6; the others are between the proxy and us."""
 
 
-def socks_refusal(reply: int) -> Refusal | None:
+def socks_refusal(reply: int) -> ConnectFailure | None:
     """What a SOCKS5 reply means; None: the tunnel stands."""
     if reply == 0:
         return None
-    return SOCKS_REPLIES.get(reply) or Refusal(
+    return SOCKS_REPLIES.get(reply) or ConnectFailure(
         OutcomeKind.OURS, f"the egress proxy answered with error {reply}"
     )

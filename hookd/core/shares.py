@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,18 @@ def share(view: View) -> int:
     return len(view.shards) // count + (rank < len(view.shards) % count)
 
 
-def plan(view: View, owned: Collection[int], leaving: Collection[int], idlest: Sequence[int]) -> Plan:
+def plan(
+    view: View, owned: Collection[int], leaving: Collection[int], idlest: Callable[[], Sequence[int]]
+) -> Plan:
     """
     What brings ``owned`` (``leaving`` among them) to its share.
 
-    ``idlest`` are the owned ones, those with the least to do first: they are the first to be left.
+    ``idlest`` ranks the owned ones, those with the least to do first: they are the first to be left.  It is asked only then.
     """
     kept = len(owned) - len(leaving)
     wanted = share(view) - kept
     if wanted < 0:
-        return Plan(leave=tuple([s for s in idlest if s not in leaving][:-wanted]))
+        return Plan(leave=tuple([s for s in idlest() if s not in leaving][:-wanted]))
     stay = tuple(sorted(leaving)[:wanted])
     free = [s for s in view.shards if s not in view.taken and s not in owned]
     # each begins elsewhere, so that daemons that start together do not try for the same ones

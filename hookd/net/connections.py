@@ -17,7 +17,6 @@ import errno
 import socket
 import ssl
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -25,8 +24,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from hookd.core.addresses import AddressRules, classify
-from hookd.core.model import OutcomeKind
+from hookd.core.addresses import TENANT_REASON, AddressRules, classify
+from hookd.core.model import ConnectFailure, OutcomeKind
 from hookd.net.line import Line
 from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
@@ -77,14 +76,6 @@ SPOKE_FIRST = "the connection was closed, or spoke, before it was asked"
 
 class AddressBlocked(OSError):
     """The guard refused an address that was about to be dialled."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectFailure:
-    """Why there is no connection."""
-
-    kind: OutcomeKind
-    reason: str
 
 
 class _Dial:
@@ -242,7 +233,7 @@ class Connections:
         peer = line.peer()
         if peer is None or not classify(peer, self._rules()).allowed:
             line.drop()
-            return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
+            return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
         return line
 
     async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
@@ -251,11 +242,11 @@ class Connections:
         for address in resolution.addresses[:ADDRESSES_TRIED]:
             # once more, as a socket's address is: unless it is a name, which the proxy judges
             if not isinstance(self._resolver, ByProxy) and not classify(address, self._rules()).allowed:
-                return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
+                return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
             try:
                 transport = await open_tunnel(proxy, target, address, self._context)
             except NoTunnel as error:
-                failure = ConnectFailure(error.refusal.kind, error.refusal.reason)
+                failure = error.failure
             except (OSError, ValueError) as error:
                 failure = connect_failure(error) or failure
                 if failure.kind is not OutcomeKind.TLS_FAILED:
@@ -294,7 +285,7 @@ class Connections:
     def _guarded_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
         family, kind, proto, _, address = addr_info
         if not classify(address[0], self._rules()).allowed:
-            raise AddressBlocked(errno.EACCES, "the address is not allowed")
+            raise AddressBlocked(errno.EACCES, TENANT_REASON)
         return socket.socket(family, kind, proto)
 
     def _sweep(self) -> None:
@@ -333,8 +324,8 @@ def connect_failure(error: Exception) -> ConnectFailure | None:
 
 
 def _system_failure(error: OSError) -> ConnectFailure:
-    if isinstance(error, AddressBlocked) or "the address is not allowed" in str(error):
-        return ConnectFailure(OutcomeKind.BLOCKED, "the address is not allowed")
+    if isinstance(error, AddressBlocked) or TENANT_REASON in str(error):
+        return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
     if error.errno in OUR_FAULTS:
         return ConnectFailure(OutcomeKind.OURS, "this machine could not open a connection")
     if error.errno == errno.ECONNREFUSED or "Connect call failed" in str(error):

@@ -28,10 +28,10 @@ from urllib.parse import urljoin
 import aiohttp
 from aiohttp import http_parser
 
-from hookd.core.model import Outcome, OutcomeKind
+from hookd.core.model import ConnectFailure, Outcome, OutcomeKind
 from hookd.core.request import Request, prepare_head
 from hookd.core.urls import Target, UrlProblem, parse_url
-from hookd.net.connections import SPOKE_FIRST, ConnectFailure, Connections
+from hookd.net.connections import SPOKE_FIRST, Connections
 from hookd.net.line import REDIRECTS, Line, reads_answers
 
 if TYPE_CHECKING:

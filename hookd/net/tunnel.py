@@ -14,8 +14,8 @@ import ipaddress
 import re
 from typing import TYPE_CHECKING
 
-from hookd.core.model import OutcomeKind
-from hookd.core.proxies import UNREACHABLE, Refusal, connect_refusal, socks_refusal
+from hookd.core.model import ConnectFailure, OutcomeKind
+from hookd.core.proxies import UNREACHABLE, connect_refusal, socks_refusal
 from hookd.net.resolver import Resolution
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 class NoTunnel(Exception):
     """There is no connection through the proxy."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.reason)
-        self.refusal = refusal
+    def __init__(self, failure: ConnectFailure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class ByProxy:
@@ -78,7 +78,7 @@ class _Handshake(asyncio.Protocol):
                 del self.said[:count]
                 return taken
             if self._ended or len(self.said) > HEAD_MOST:
-                raise NoTunnel(Refusal(OutcomeKind.OURS, "the egress proxy closed the connection"))
+                raise NoTunnel(ConnectFailure(OutcomeKind.OURS, "the egress proxy closed the connection"))
             self._came.clear()
             await self._came.wait()
 
@@ -105,7 +105,7 @@ async def open_tunnel(
                 _Handshake, proxy.host, proxy.port, ssl=context if proxy.scheme == "https" else None
             )
     except (OSError, TimeoutError):
-        raise NoTunnel(Refusal(OutcomeKind.OURS, UNREACHABLE)) from None
+        raise NoTunnel(ConnectFailure(OutcomeKind.OURS, UNREACHABLE)) from None
     try:
         return await _through(transport, handshake, proxy, target, address, context)
     except BaseException:
@@ -127,13 +127,13 @@ async def _through(
         await _by_connect(transport, handshake, proxy, target, address)
     if handshake.said:
         # before TLS this would be somebody in between, without TLS an answer to nothing
-        raise NoTunnel(Refusal(OutcomeKind.MALFORMED, "the connection spoke before it was asked"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.MALFORMED, "the connection spoke before it was asked"))
     if target.scheme != "https":
         return transport
     loop = asyncio.get_running_loop()
     secured = await loop.start_tls(transport, handshake, context, server_hostname=target.host)
     if secured is None:
-        raise NoTunnel(Refusal(OutcomeKind.TLS_FAILED, "the TLS handshake failed"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed"))
     return secured
 
 
@@ -150,7 +150,7 @@ async def _by_connect(
     head = await handshake.take(lambda said: said.find(b"\r\n\r\n") + 4 if b"\r\n\r\n" in said else 0)
     status = STATUS.match(head)
     if status is None:
-        raise NoTunnel(Refusal(OutcomeKind.OURS, "the egress proxy does not speak HTTP"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.OURS, "the egress proxy does not speak HTTP"))
     refusal = connect_refusal(int(status[1]), head)
     if refusal is not None:
         raise NoTunnel(refusal)
@@ -163,15 +163,15 @@ async def _by_socks(
     transport.write(bytes([5, 1, method]))
     version, chosen = await handshake.exactly(2)
     if version != 5:
-        raise NoTunnel(Refusal(OutcomeKind.OURS, "the egress proxy does not speak SOCKS5"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.OURS, "the egress proxy does not speak SOCKS5"))
     if chosen != method:
-        raise NoTunnel(Refusal(OutcomeKind.OURS, "the egress proxy asks for another authentication"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.OURS, "the egress proxy asks for another authentication"))
     if method == 2:
         user, password = proxy.user.encode(), proxy.password.reveal().encode()
         transport.write(bytes([1, len(user)]) + user + bytes([len(password)]) + password)
         if (await handshake.exactly(2))[1] != 0:
             raise NoTunnel(
-                Refusal(OutcomeKind.OURS, "the egress proxy does not accept the user name or password")
+                ConnectFailure(OutcomeKind.OURS, "the egress proxy does not accept the user name or password")
             )
     transport.write(bytes([5, 1, 0]) + _socks_address(address) + target.port.to_bytes(2, "big"))
     _, reply, _, kind = await handshake.exactly(4)

@@ -109,7 +109,7 @@ def test_coming_and_going_under_load_loses_and_doubles_nothing(
         async with hosts(dsn, 12, slow) as receivers:
             inserted: list[str] = []
             producing = asyncio.create_task(produce(dsn, 5.0, inserted))
-            await asyncio.sleep(0.5)
+            await receivers[0].wait_for_calls(100)
             second = await asyncio.to_thread(start_daemon)
             await wait_for_shares(dsn, [32, 32])
             third = await asyncio.to_thread(start_daemon)
@@ -133,7 +133,7 @@ def test_what_a_killed_daemon_owned_goes_on(dsn: str, start_daemon: Callable[...
         async with hosts(dsn, 12) as receivers:
             inserted: list[str] = []
             producing = asyncio.create_task(produce(dsn, 2.0, inserted))
-            await asyncio.sleep(0.7)
+            await receivers[0].wait_for_calls(200)
             os.kill(victim.process.pid, signal.SIGKILL)
             killed = time.monotonic()
             await asyncio.to_thread(victim.process.wait)
