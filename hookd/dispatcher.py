@@ -232,6 +232,10 @@ class Dispatcher:
         """Deliveries of an endpoint that wait in memory."""
         return self._lanes.waiting(key)
 
+    def waiting_timed(self, key: EndpointKey) -> int:
+        """Those of them that had a due time."""
+        return self._lanes.waiting_timed(key)
+
     def total_waiting(self) -> int:
         """Deliveries that wait in memory."""
         return self._lanes.total_waiting
@@ -369,7 +373,7 @@ class Dispatcher:
         answered = outcome.kind is OutcomeKind.ANSWERED
         counts.outcomes[CLASSES[outcome.status // 100] if answered else outcome.kind.value] += 1
         counts.attempt_s.observe(outcome.total_ms / 1000)
-        if delivery.attempt == 0 and outcome.written_at:
+        if delivery.attempt == 0 and not delivery.replay and outcome.written_at:
             counts.lag_s.observe(max(0.0, outcome.written_at - delivery.event.created_at))
         if endpoint is None:
             # the session was lost meanwhile, and its endpoints with it: judge without its history

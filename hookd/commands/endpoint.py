@@ -14,6 +14,7 @@ from hookd.commands.session import (
     Failed,
     given_secret,
     keyring_of,
+    moment,
     options,
     plain,
     print_fields,
@@ -122,13 +123,15 @@ def _said(answer: Verification, record: EndpointRecord) -> str:
 @endpoint.command()
 @click.argument("url")
 @click.option("--tenant", default="default", show_default=True)
+@click.option("--since", metavar="TIME", help="Give it the events since then too: 7d (ago), or a time.")
 @_secret_options
 @_settings
 @options
 @click.pass_obj
 def add(
-    invocation: Invocation, /, url: str, tenant: str, key_type: str | None, given: str | None, **settings: Any
-) -> None:
+    invocation: Invocation, /, url: str, tenant: str, since: str | None, key_type: str | None, given: str | None,
+    **settings: Any,
+) -> None:  # fmt: skip
     """
     Register URL, and print its id and its secret: this once.
 
@@ -138,27 +141,38 @@ def add(
     \b
     hookd endpoint add https://example.com/hooks --type 'user.*'
     """  # noqa: D301 - click's mark for lines that stay
-    from hookd.postgres import registry  # noqa: PLC0415 - not for --help
+    from hookd.postgres import history, registry  # noqa: PLC0415 - not for --help
 
     secret = _secret(key_type, given)
+    start = moment(since)
 
     async def work(
         connection: asyncpg.Connection, config: Config
-    ) -> tuple[EndpointRecord, Verification | None]:
+    ) -> tuple[EndpointRecord, Verification | None, int | None]:
         keyring = keyring_of(config)
         target = await judged(url, config)
         required = config.security.require_verification
         record = await registry.add(
             connection, tenant, _change(settings, target), secret, keyring=keyring, verified=not required
         )
-        return await verification(connection, config, record.id) if required else (record, None)
+        queued = None
+        if start is not None:
+            queued = 0
+            rows = await history.missing(connection, record.id, start)
+            async for total in history.queue(connection, rows):
+                queued = total
+        if required:
+            return *await verification(connection, config, record.id), queued
+        return record, None, queued
 
-    record, answer = with_connection(invocation, work)
+    record, answer, queued = with_connection(invocation, work)
     shown_once = _secret_shown(secret, given)
     if invocation.json:
-        print_json(plain(record) | shown_once | _reported(answer))
+        queued_too = {} if queued is None else {"queued": queued}
+        print_json(plain(record) | shown_once | queued_too | _reported(answer))
     else:
-        print_fields({"id": record.id, **shown_once, "url": record.url, "types": record.types})
+        past = {} if queued is None else {"past_events": f"{queued:,} queued"}
+        print_fields({"id": record.id, **shown_once, "url": record.url, "types": record.types, **past})
     _conclude(invocation, record, answer)
 
 

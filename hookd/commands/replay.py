@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +12,13 @@ from hookd.commands.inspect import find
 from hookd.commands.session import Failed, moment, options, print_json, uuid_of, with_connection
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import asyncpg
 
     from hookd.commands import Invocation
     from hookd.config import Config
+    from hookd.postgres.history import Chosen
 
 STATES = ("delivered", "exhausted", "expired", "cancelled")
 
@@ -23,62 +27,143 @@ ASK_ABOVE = 100
 
 
 @click.command()
-@click.option("--event", "event_id", metavar="ID")
-@click.option("--endpoint", "endpoint_id", metavar="ID")
+@click.option("--event", metavar="ID")
+@click.option("--endpoint", metavar="ID")
 @click.option("--tenant")
+@click.option(
+    "--type", "types", multiple=True, metavar="PATTERN", help="user.created or user.*; may be repeated."
+)
+@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event.")  # fmt: skip
 @click.option("--since", metavar="TIME", help="Events from 2h (ago), or from a time.")
 @click.option("--until", metavar="TIME")
-@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event.")  # fmt: skip
+@click.option(
+    "--where",
+    metavar="SQL",
+    help="A condition on hookd.delivery_status: \"reason like '%404%'\". It is run read-only.",
+)
+@click.option(
+    "--missing", is_flag=True, help="What --endpoint subscribes to and was never owed, because it came later."
+)
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="So many a second for each endpoint; else as fast as its limits allow, after what is fresh.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say how many, and queue nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @options
 @click.pass_obj
 def replay(
-    invocation: Invocation, event_id: str | None, endpoint_id: str | None, tenant: str | None, since: str | None,
-    until: str | None, states: tuple[str, ...], *, dry_run: bool, yes: bool,
-) -> None:  # fmt: skip
+    invocation: Invocation, /, *, rate: float | None, dry_run: bool, yes: bool, missing: bool, **given: Any
+) -> None:
     """
     Queue settled deliveries again.
 
-    Each becomes a new delivery with the same webhook-id, whose attempts count from 1.
-    """
+    Each becomes a new delivery with the same webhook-id, whose attempts count from 1.  Fresh events go before replayed ones.
+
+    \b
+    hookd replay --endpoint ID --since 2h               what was given up
+    hookd replay --endpoint ID --since 7d --missing     what it never got, because it was registered later
+    hookd replay --where "last_status = 404 and tenant = 'acme'" --dry-run
+    """  # noqa: D301 - click's mark for lines that stay
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
-    if not (event_id or endpoint_id or tenant or since or until or states):
-        raise Failed("say what to replay: --event, --endpoint, --tenant, --since, --until or --state", 2)
-    selection: dict[str, Any] = {
-        "states": states or (STATES if event_id else ("exhausted",)),
-        "event": uuid_of(event_id, "event id") if event_id else None,
-        "endpoint": uuid_of(endpoint_id, "endpoint id") if endpoint_id else None,
-        "tenant": tenant,
-        "since": moment(since),
-        "until": moment(until),
+    selection = _selection(given, missing=missing)
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> Plan:
+        plan = Plan(await _chosen(connection, selection, missing=missing))
+        if not invocation.json:
+            _announce(plan, dry_run=dry_run)
+        if dry_run or not plan.rows:
+            return plan
+        if len(plan.rows) > ASK_ABOVE and not yes and not invocation.json and sys.stdin.isatty():
+            click.confirm("go on?", abort=True, err=True)
+        with click.progressbar(
+            length=len(plan.rows), label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
+        ) as bar:
+            async for total in history.queue(connection, plan.rows, rate=rate):
+                bar.update(total - plan.queued)
+                plan.queued = total
+        return plan
+
+    plan = with_connection(invocation, work)
+    if invocation.json:
+        print_json(plan.facts())
+    elif not dry_run:
+        click.echo(f"{_deliveries(plan.queued)} queued")
+
+
+def _selection(given: dict[str, Any], *, missing: bool) -> dict[str, Any]:
+    """What was asked for, as ``history.replayable`` takes it."""
+    if not missing and not any(given.values()):
+        raise Failed("say what to replay: --event, --endpoint, --tenant, --type, --state, --since, --until or --where", 2)  # fmt: skip
+    if missing and not given["endpoint"]:
+        raise Failed("--missing needs --endpoint ID: whose events are missing?", 2)
+    if missing and any(given[name] for name in ("event", "states", "where", "tenant")):
+        raise Failed("--missing goes with --endpoint, --type, --since and --until, and nothing else", 2)
+    everything = given["event"] or given["where"] is not None
+    return given | {
+        "event": uuid_of(given["event"], "event id") if given["event"] else None,
+        "endpoint": uuid_of(given["endpoint"], "endpoint id") if given["endpoint"] else None,
+        "since": moment(given["since"]),
+        "until": moment(given["until"]),
+        "states": given["states"] or (STATES if everything else ("exhausted",)),
     }
 
-    async def work(connection: asyncpg.Connection, _config: Config) -> dict[str, int]:
-        count = await history.count_replayable(connection, selection)
-        if dry_run or not count:
-            return {"matching": count, "queued": 0}
-        if not invocation.json:
-            click.echo(f"{count} deliveries are queued again", err=True)
-            if count > ASK_ABOVE and not yes and sys.stdin.isatty():
-                click.confirm("go on?", abort=True, err=True)
-        queued = 0
-        with click.progressbar(
-            length=count, label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
-        ) as bar:
-            async for total in history.replay(connection, selection):
-                bar.update(total - queued)
-                queued = total
-        return {"matching": count, "queued": queued}
 
-    done = with_connection(invocation, work)
-    if invocation.json:
-        print_json(done)
-    elif dry_run:
-        click.echo(f"{done['matching']} deliveries would be queued again")
-    else:
-        click.echo(f"{done['queued']} deliveries queued")
+async def _chosen(
+    connection: asyncpg.Connection, selection: dict[str, Any], *, missing: bool
+) -> list[Chosen]:
+    from hookd.postgres import history, registry  # noqa: PLC0415 - not for --help
+
+    if selection["endpoint"] is not None:
+        await registry.show(connection, selection["endpoint"])  # says so where there is none
+    if missing:
+        return await history.missing(
+            connection, selection["endpoint"], selection["since"], selection["until"], selection["types"]
+        )
+    try:
+        return await history.replayable(connection, selection)
+    except history.BadCondition as problem:
+        raise Failed(f"--where: {problem}", 2) from None
+
+
+class Plan:
+    """What a replay queues, and how far it is."""
+
+    def __init__(self, found: Sequence[Chosen]) -> None:
+        # one that is disabled would end what is queued for it as soon as it was read
+        self.rows = [row for row in found if row.endpoint_state != "disabled"]
+        self.left_out = len(found) - len(self.rows)
+        self.queued = 0
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "matching": len(self.rows),
+            "queued": self.queued,
+            "states": dict(Counter(row.state for row in self.rows)),
+            "endpoints": len({row.endpoint_id for row in self.rows}),
+            "of_disabled_endpoints": self.left_out,
+        }
+
+
+def _deliveries(count: int) -> str:
+    return "1 delivery" if count == 1 else f"{count:,} deliveries"
+
+
+def _announce(plan: Plan, *, dry_run: bool) -> None:
+    """What is going to be queued: on stdout where that is all that was asked for."""
+    count = len(plan.rows)
+    text = f"{_deliveries(count)} {'would be' if dry_run else 'is' if count == 1 else 'are'} queued"
+    if count:
+        facts = plan.facts()
+        states = ", ".join(f"{n:,} {state}" for state, n in sorted(facts["states"].items()))
+        text += (
+            f": {states}; at {facts['endpoints']:,} {'endpoint' if facts['endpoints'] == 1 else 'endpoints'}"
+        )
+    click.echo(text, err=not dry_run)
+    if plan.left_out:
+        click.echo(
+            f"{plan.left_out:,} more left out: their endpoints are disabled; `hookd endpoint resume ID` first",
+            err=True,
+        )
 
 
 @click.command()
@@ -101,7 +186,10 @@ def resend(invocation: Invocation, id_: str) -> None:
                 )
             selection["endpoint"] = chosen[0]["endpoint_id"]
         queued = 0
-        async for total in history.replay(connection, selection):
+        plan = Plan(await history.replayable(connection, selection))
+        if plan.left_out and not plan.rows:
+            raise Failed("its endpoint is disabled; `hookd endpoint resume ID` first")
+        async for total in history.queue(connection, plan.rows, urgent=True):
             queued = total
         return queued
 

@@ -13,8 +13,8 @@ Every step is O(1) in lanes, queues and backlog.  A lane that may not send is no
 back when one of its exchanges ends, throttled or held it waits in a heap for its time.  A queue that may not send, or has
 become empty, is dropped from its ring when its turn comes, and not looked for before.
 
-Retries have a ring of their own in each lane, and while fresh deliveries wait they take at most a fifth of its starts:
-a fresh start earns a quarter of a retry.
+Retries, and replays that are not urgent, have a ring of their own in each lane, and while fresh deliveries wait they
+take at most a fifth of its starts: a fresh start earns a quarter of a retry.
 
 No lane holds more exchanges than there are slots left: one slow host takes half of ``max_in_flight`` at most, n of them
 leave 1/(n + 1) of it to the others (dynamic thresholds, Choudhury and Hahne 1998), without anybody being counted.
@@ -61,13 +61,27 @@ IDLE_FORGET_S = 600.0
 class _Queue:
     """The waiting deliveries of one endpoint."""
 
-    __slots__ = ("alarm", "blocked", "fresh", "gate", "in_fresh", "in_retries", "key", "lane", "retries")
+    __slots__ = (
+        "alarm",
+        "blocked",
+        "fresh",
+        "gate",
+        "in_fresh",
+        "in_retries",
+        "key",
+        "lane",
+        "retries",
+        "timed",
+    )
 
     def __init__(self, key: EndpointKey, lane: _Lane) -> None:
         self.key = key
         self.lane = lane
         self.fresh: deque[Delivery] = deque()
         self.retries: deque[Delivery] = deque()
+        """With them the replays that are not urgent."""
+        self.timed = 0
+        """Of both: those that had a due time."""
         self.in_fresh = False
         """In the lane's ring of this name, perhaps still: it is dropped from there when its turn comes."""
         self.in_retries = False
@@ -212,10 +226,12 @@ class Lanes:
         if queue is None or queue.lane.host != host:
             queue = self._open(host, delivery.endpoint, now)
         lane = queue.lane
-        if delivery.attempt:
+        if delivery.attempt or (delivery.replay and delivery.due_at is not None):
             queue.retries.append(delivery)
         else:
             queue.fresh.append(delivery)
+        if delivery.due_at is not None:
+            queue.timed += 1
         if not queue.blocked:
             self._enter(queue)
         lane.waiting += 1
@@ -371,6 +387,7 @@ class Lanes:
         for waiting in (queue.fresh, queue.retries):
             tail = [waiting.pop() for _ in range(len(waiting) - beyond)]
             deliveries += reversed(tail)
+        queue.timed -= sum(delivery.due_at is not None for delivery in deliveries)
         self._left(lane, len(deliveries))
         return deliveries
 
@@ -382,6 +399,7 @@ class Lanes:
         for place, delivery in enumerate(queue.fresh):
             if delivery.id == delivery_id:
                 del queue.fresh[place]
+                queue.timed -= delivery.due_at is not None
                 self._left(queue.lane, 1)
                 return delivery
         return None
@@ -446,6 +464,11 @@ class Lanes:
         """How many deliveries wait for an endpoint."""
         queue = self._queues.get(endpoint)
         return len(queue.fresh) + len(queue.retries) if queue is not None else 0
+
+    def waiting_timed(self, endpoint: EndpointKey) -> int:
+        """How many of them had a due time."""
+        queue = self._queues.get(endpoint)
+        return queue.timed if queue is not None else 0
 
     def snapshot(self, now: float, most: int | None = None) -> list[LaneState]:
         """
@@ -577,6 +600,8 @@ class Lanes:
                 lane.fresh.rotate(-1)
                 delivery = queue.fresh.popleft()
                 lane.credit = min(RETRY_CREDIT_MOST, lane.credit + RETRY_CREDIT)
+            if delivery.due_at is not None:
+                queue.timed -= 1
             lane.waiting -= 1
             self.total_waiting -= 1
             gate.started(now)

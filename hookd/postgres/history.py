@@ -7,14 +7,16 @@ Lists are pages: newest first, by key, with a bound; nothing is counted exactly 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import asyncpg
 
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from uuid import UUID
-
-    import asyncpg
 
 EVENTS = """
 select v.id, v.type, v.tenant, v.created_at, v.deliver_at, v.expires_at, v.idempotency_key, v.order_key,
@@ -66,25 +68,57 @@ select a.delivery_id, a.event_id, a.endpoint from hookd.attempt a where a.delive
 limit 1
 """
 
+# Settled deliveries of endpoints that still exist, by what the caller says of them; ``where`` goes in as it is, on lines of
+# its own, so that a comment in it ends there.
 REPLAYABLE = """
-select s.event_id, s.endpoint_id
-  from hookd.delivery_status s
+select s.event_id, s.endpoint_id, s.state, e.state as endpoint_state
+  from (select * from hookd.delivery_status{where}) s
+  join hookd.endpoint e on e.id = s.endpoint_id and e.state <> 'removed'
  where s.state = any($1::text[])
    and ($2::uuid is null or s.event_id = $2)
    and ($3::uuid is null or s.endpoint_id = $3)
    and ($4::timestamptz is null or s.event_id >= hookd.uuid7_floor($4))
    and ($5::timestamptz is null or s.event_id < hookd.uuid7_floor($5))
    and ($6::text is null or s.tenant = $6)
+   and ($7::text[] is null
+        or exists (select from hookd.event v
+                    where v.id = s.event_id and exists (
+                      select from unnest($7) as t (pattern)
+                       where pattern in ('*', v.type) or (right(pattern, 2) = '.*' and starts_with(v.type, left(pattern, -1)))))
+        or exists (select from hookd.dead_letter l
+                    where l.event_id = s.event_id and exists (
+                      select from unnest($7) as t (pattern)
+                       where pattern in ('*', l.type) or (right(pattern, 2) = '.*' and starts_with(l.type, left(pattern, -1))))))
  order by s.event_id
 """
 
-COUNT_REPLAYABLE = f"select count(*) from ({REPLAYABLE}) r"
+WHERE = """
+ where (
+{}
+       )"""
 
+# What an endpoint subscribes to, as it is now, and was never owed: it was registered later, was disabled, or had other types.
+MISSING = """
+select v.id as event_id, e.id as endpoint_id, 'missing' as state, e.state as endpoint_state
+  from hookd.endpoint e
+  join hookd.event v
+    on v.tenant = e.tenant and e.types && hookd.type_patterns(v.type)
+   and (e.filter is null or hookd.matches(e.filter, v.payload))
+ where e.id = $1 and e.state <> 'removed'
+   and ($2::timestamptz is null or v.id >= hookd.uuid7_floor($2))
+   and ($3::timestamptz is null or v.id < hookd.uuid7_floor($3))
+   and ($4::text[] is null or hookd.type_patterns(v.type) && $4)
+   and not exists (select from hookd.delivery d where d.event_id = v.id and d.endpoint = e.key)
+   and not exists (select from hookd.attempt a where a.event_id = v.id and a.endpoint = e.key)
+ order by v.id
+"""
+
+# With a due time, even if it is now: so they are served like retries, which leave most of a host's turns to what is fresh.
 REPLAY = """
 with queued as (
-  insert into hookd.delivery (shard, endpoint, event_id, replay)
-  select e.shard, e.key, k.event_id, true
-    from unnest($1::uuid[], $2::uuid[]) with ordinality as k (event_id, endpoint_id, n)
+  insert into hookd.delivery (shard, endpoint, event_id, due_at, replay)
+  select e.shard, e.key, k.event_id, $4::timestamptz + make_interval(secs => k.delay_s), true
+    from unnest($1::uuid[], $2::uuid[], $3::double precision[]) with ordinality as k (event_id, endpoint_id, delay_s, n)
     join hookd.endpoint e on e.id = k.endpoint_id and e.state <> 'removed'
    order by k.n
   returning id, shard, endpoint, event_id
@@ -93,8 +127,23 @@ marked as (
   update hookd.dead_letter l set replayed_at = now()
     from queued q where l.event_id = q.event_id and l.endpoint = q.endpoint and l.replayed_at is null
 )
-select count(*)::integer as queued, array_agg(distinct shard) as shards, array_agg(id) as ids from queued
+select count(*)::integer as queued, array_agg(distinct shard) as shards from queued
 """
+
+COLUMNS = """
+select attname::text from pg_attribute
+ where attrelid = 'hookd.delivery_status'::regclass and attnum > 0 order by attnum
+"""
+
+AS_READER = """
+select coalesce(pg_has_role(oid, 'member'), false) from pg_roles where rolname = 'hookd_reader'
+"""
+
+WHERE_TIMEOUT_S = 60
+"""For a condition that somebody wrote by hand."""
+
+SLICE = 2000
+"""Rows that a replay queues in one transaction."""
 
 SETTLED_STATES = ("delivered", "exhausted", "expired", "cancelled")
 
@@ -156,25 +205,110 @@ async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUI
     return None if row is None else row["event_id"]
 
 
-async def count_replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> int:
-    """How many deliveries a replay would queue."""
-    return int(await connection.fetchval(COUNT_REPLAYABLE, *_selected(selection)))
+class BadCondition(Exception):
+    """A condition on ``hookd.delivery_status`` cannot be used; the message says why."""
 
 
-async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any], slice_rows: int = 2000) -> Any:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A delivery that is to be queued again."""
+
+    event_id: UUID
+    endpoint_id: UUID
+    state: str
+    """What became of it; ``missing``: it was never owed."""
+    endpoint_state: str
+
+
+async def replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> list[Chosen]:
     """
-    Queue settled deliveries again; yields how many were queued so far.
+    The settled deliveries that a selection names.
 
-    Each is a new delivery with the same webhook-id, whose attempts count from 1.  The selection is read once, so that a
-    replay never meets its own results.  Keys: states, event, endpoint, since, until, tenant.
+    Keys: states, event, endpoint, since, until, tenant, types (patterns), where (a condition in SQL on
+    ``hookd.delivery_status``).  The condition is run read-only, as ``hookd_reader`` where this role may be that, and for
+    ``WHERE_TIMEOUT_S`` at most.
+
+    Raises:
+        BadCondition: it was refused, or took too long.
     """
-    chosen = await connection.fetch(REPLAYABLE, *_selected(selection))
+    arguments = (
+        list(selection.get("states") or SETTLED_STATES),
+        selection.get("event"),
+        selection.get("endpoint"),
+        selection.get("since"),
+        selection.get("until"),
+        selection.get("tenant"),
+        list(selection["types"]) if selection.get("types") else None,
+    )
+    where = selection.get("where")
+    if where is None:
+        return [Chosen(*r) for r in await connection.fetch(REPLAYABLE.format(where=""), *arguments)]
+    columns = [r[0] for r in await connection.fetch(COLUMNS)]
+    try:
+        async with connection.transaction(readonly=True):
+            if await connection.fetchval(AS_READER):
+                await connection.execute("set local role hookd_reader")
+            await connection.execute(f"set local statement_timeout = '{WHERE_TIMEOUT_S}s'")
+            statement = REPLAYABLE.format(where=WHERE.format(where))
+            return [Chosen(*r) for r in await connection.fetch(statement, *arguments)]
+    except asyncpg.QueryCanceledError:
+        raise BadCondition(
+            f"it took longer than {WHERE_TIMEOUT_S} s; narrow it down, for instance by event_id"
+        ) from None
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise BadCondition(f"{error.args[0]}; it may read what hookd_reader may read") from None
+    except asyncpg.ReadOnlySQLTransactionError as error:
+        raise BadCondition(f"{error.args[0]}; it may only read") from None
+    except (asyncpg.PostgresSyntaxError, asyncpg.UndefinedColumnError, asyncpg.DataError) as error:
+        raise BadCondition(
+            f"{error.args[0]}; it is a condition on hookd.delivery_status: {', '.join(columns)}"
+        ) from None
+    except asyncpg.SyntaxOrAccessError as error:
+        raise BadCondition(str(error.args[0])) from None
+
+
+async def missing(
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    since: datetime.datetime | None,
+    until: datetime.datetime | None = None,
+    types: Sequence[str] = (),
+) -> list[Chosen]:
+    """
+    Events that an endpoint subscribes to and was never owed.
+
+    Those of transactions that began before it was registered and commit after this was asked are not among them; asked
+    again, they are.
+    """
+    rows = await connection.fetch(MISSING, endpoint_id, since, until, list(types) or None)
+    return [Chosen(*r) for r in rows]
+
+
+async def queue(
+    connection: asyncpg.Connection,
+    chosen: Sequence[Chosen],
+    *,
+    rate: float | None = None,
+    urgent: bool = False,
+) -> AsyncIterator[int]:
+    """
+    Queue these again; yields how many were so far.
+
+    Each is a new delivery with the same webhook-id, whose attempts count from 1.  With ``rate`` each endpoint is given so many
+    a second, by their due times.  ``urgent`` ones are treated like fresh events: for a few, by hand.
+    """
+    start = None if urgent else await connection.fetchval("select clock_timestamp()")
+    places: Counter[UUID] = Counter()
     queued = 0
-    for start in range(0, len(chosen), slice_rows):
-        part = chosen[start : start + slice_rows]
+    for first in range(0, len(chosen), SLICE):
+        part = chosen[first : first + SLICE]
+        delays = []
+        for one in part:
+            delays.append(places[one.endpoint_id] / rate if rate else 0.0)
+            places[one.endpoint_id] += 1
         async with connection.transaction():
             row = await connection.fetchrow(
-                REPLAY, [r["event_id"] for r in part], [r["endpoint_id"] for r in part]
+                REPLAY, [c.event_id for c in part], [c.endpoint_id for c in part], delays, start
             )
             assert row is not None
             if row["shards"]:
@@ -183,12 +317,16 @@ async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any], s
         yield queued
 
 
-def _selected(selection: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (
-        list(selection.get("states") or SETTLED_STATES),
-        selection.get("event"),
-        selection.get("endpoint"),
-        selection.get("since"),
-        selection.get("until"),
-        selection.get("tenant"),
-    )
+async def count_replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> int:
+    """How many deliveries a replay would queue."""
+    return len(await replayable(connection, selection))
+
+
+async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> AsyncIterator[int]:
+    """
+    Queue settled deliveries again; yields how many were queued so far.
+
+    The selection is read once, so that a replay never meets its own results.
+    """
+    async for queued in queue(connection, await replayable(connection, selection)):
+        yield queued

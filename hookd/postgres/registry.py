@@ -127,8 +127,8 @@ chosen as (
   select id from missed group by id order by id desc limit $3
 ),
 queued as (
-  insert into hookd.delivery (shard, endpoint, event_id, replay)
-  select e.shard, e.key, c.id, true
+  insert into hookd.delivery (shard, endpoint, event_id, due_at, replay)
+  select e.shard, e.key, c.id, now(), true
     from (select id from chosen order by id) c
    cross join hookd.endpoint e
    where e.id = $1

@@ -243,6 +243,9 @@ def test_what_happened(cli: Cli, start_daemon: Callable[..., DaemonProcess]) -> 
                 assert cli.json("replay", "--state", "exhausted", "--dry-run")[0] == {
                     "matching": 1,
                     "queued": 0,
+                    "states": {"exhausted": 1},
+                    "endpoints": 1,
+                    "of_disabled_endpoints": 0,
                 }
                 assert cli.json("replay", "--state", "exhausted")[0]["queued"] == 1
 
