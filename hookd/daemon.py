@@ -44,7 +44,7 @@ from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
-from hookd.upkeep import Retention, keep_up, measure, publish
+from hookd.upkeep import Retention, keep_up, look_after, measure, publish
 from hookd.verification import ask
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from hookd.config import Config
     from hookd.core.addresses import AddressRules
     from hookd.core.challenge import Verification
+    from hookd.core.database import DatabaseHealth
     from hookd.core.model import Delivery, Endpoint, Result
 
 log = structlog.get_logger("hookd")
@@ -87,6 +88,9 @@ GC_THRESHOLDS = (50_000, 20, 50)
 
 SAY_AGAIN_S = 60.0
 """How often a fault that goes on is logged."""
+
+HELD_BACK_S = 900.0
+"""A snapshot that has kept vacuum from its work for so long is logged."""
 
 
 @dataclass(slots=True)
@@ -122,6 +126,9 @@ class Daemon:
         self.ready = asyncio.Event()
         self.reload_ok = True
         self.depth: dict[str, float] = {}
+        """What is pending, as it was measured last; empty while PostgreSQL is away."""
+        self.database_health: DatabaseHealth | None = None
+        self.shards_in_all = 0
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._database_lost = False
@@ -275,6 +282,7 @@ class Daemon:
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())
             self._thin_key = await maintenance.thin_key()
+            self.shards_in_all = owner.shards_in_all
             self.tenure = Tenure(owner, queue, feed, maintenance)
             if self._database_lost:
                 self._database_lost = False
@@ -289,12 +297,14 @@ class Daemon:
                     group.create_task(self._watch(owner.lost, queue.lost))
                     group.create_task(self._announce(owner, feed))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
-                    group.create_task(measure(maintenance, self._measured))
+                    group.create_task(measure(maintenance, self._clock, self._measured))
+                    group.create_task(look_after(maintenance, self._retention, self._examined))
                     group.create_task(
                         publish(maintenance, self.node, self.started_at, lambda: owner.backend, self._summary)
                     )
             finally:
                 self.tenure = None
+                self.depth, self.database_health = {}, None
 
     async def _keep_share(self, owner: OwnerSession, feed: Feed) -> None:
         """Divide the shards with the other daemons: leave what is too much, take what is missing."""
@@ -440,6 +450,22 @@ class Daemon:
 
     # What the parts ask for.
 
+    def not_ready(self) -> str:
+        """Why this daemon neither delivers nor stands by, in words; empty if it does."""
+        if self._stop.is_set():
+            return "it is draining"
+        if self.tenure is None:
+            return "it starts, or PostgreSQL is away"
+        if not self._vouched():
+            return "PostgreSQL does not answer"
+        if not self.ready.is_set():
+            return "shards are being recovered"
+        return ""
+
+    def database_answers(self) -> bool:
+        """Whether PostgreSQL answered lately enough for the locks to be sure."""
+        return self._vouched()
+
     def _vouched(self) -> bool:
         return self.tenure is not None and self.tenure.owner.trusted(self._clock.mono())
 
@@ -512,6 +538,27 @@ class Daemon:
     def _measured(self, depth: dict[str, float]) -> None:
         self.depth = depth
 
+    def _examined(self, found: DatabaseHealth | str) -> None:
+        if isinstance(found, str):
+            self.database_health = None
+            if self._due_to_say(found, HELD_BACK_S):
+                log.warning("the health of PostgreSQL cannot be seen", problem=found)
+            return
+        self.database_health = found
+        for holder in found.holders:
+            if (
+                holder.seconds is not None
+                and holder.seconds > HELD_BACK_S
+                and self._due_to_say(holder.kind, HELD_BACK_S)
+            ):
+                log.warning(
+                    "vacuum is held back",
+                    holder=holder.kind,
+                    who=holder.who,
+                    seconds=round(holder.seconds),
+                    transactions=holder.transactions,
+                )
+
     def _reported(self, result: Result) -> None:
         kind, verdict = result.verdict.kind, result.verdict
         ordinary = kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
@@ -547,10 +594,16 @@ class Daemon:
         log.error("internal error in an exchange; it is tried again", delivery_id=delivery.id, exc_info=error)
 
     def _held_back(self, problem: str) -> None:
-        now = self._clock.mono()
-        if now - self._said_mono.get(problem, -SAY_AGAIN_S) >= SAY_AGAIN_S:
-            self._said_mono[problem] = now
+        if self._due_to_say(problem, SAY_AGAIN_S):
             log.warning("deliveries are held, and use up no attempt", problem=problem)
+
+    def _due_to_say(self, what: str, again_s: float) -> bool:
+        """Whether a fault that goes on is to be logged now."""
+        now = self._clock.mono()
+        if now - self._said_mono.get(what, -again_s) < again_s:
+            return False
+        self._said_mono[what] = now
+        return True
 
     def _unstorable(self, problem: str, result: Result) -> None:
         log.error(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hookd.clock import Dice
+    from hookd.clock import Clock, Dice
+    from hookd.core.database import DatabaseHealth
 
 ROUND_S = 60.0
 """Between rounds, give or take a tenth, so that several daemons do not meet."""
@@ -22,6 +23,12 @@ ROUND_S = 60.0
 PUBLISH_S = 1.0
 
 MEASURE_S = 5.0
+
+MEASURE_SHARE = 0.02
+"""Of its connection's time, at most: with a million rows to walk over a look takes longer, and is taken less often."""
+
+EXAMINE_S = 15.0
+"""Between looks at PostgreSQL's health."""
 
 PURGE_SLICE = 5000
 """Rows of one purge; a full slice means that there may be more."""
@@ -44,6 +51,9 @@ class Maintenance(Protocol):
     async def purge(self, *, dead_letters_s: float, events_s: float) -> int: ...
     async def set(self, settings: Mapping[str, str]) -> None: ...
     async def depth(self) -> dict[str, float]: ...
+    async def examine(
+        self, *, events_s: float, attempts_s: float, dead_letters_s: float
+    ) -> DatabaseHealth | str: ...
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None: ...
 
 
@@ -80,8 +90,27 @@ async def publish(
         await asyncio.sleep(PUBLISH_S)
 
 
-async def measure(maintenance: Maintenance, measured: Callable[[dict[str, float]], None]) -> None:
+async def measure(
+    maintenance: Maintenance, clock: Clock, measured: Callable[[dict[str, float]], None]
+) -> None:
     """Look every few seconds at how much is pending."""
     while True:
+        begun = clock.mono()
         measured(await maintenance.depth())
-        await asyncio.sleep(MEASURE_S)
+        await asyncio.sleep(max(MEASURE_S, (clock.mono() - begun) / MEASURE_SHARE))
+
+
+async def look_after(
+    maintenance: Maintenance,
+    retention: Callable[[], Retention],
+    found: Callable[[DatabaseHealth | str], None],
+) -> None:
+    """Look now and then at PostgreSQL itself."""
+    while True:
+        kept = retention()
+        found(
+            await maintenance.examine(
+                events_s=kept.events_s, attempts_s=kept.attempts_s, dead_letters_s=kept.dead_letters_s
+            )
+        )
+        await asyncio.sleep(EXAMINE_S)

@@ -124,9 +124,10 @@ class AdminServer:
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        if self._daemon.ready.is_set() and self._daemon.tenure is not None:
-            return web.json_response({"status": "ready", "shards": len(self._daemon.tenure.owner.shards)})
-        return problem(503, "not_ready", "the database is away, or shards are being recovered")
+        why_not = self._daemon.not_ready()
+        if why_not or self._daemon.tenure is None:
+            return problem(503, "not_ready", why_not)
+        return web.json_response({"status": "ready", "shards": len(self._daemon.tenure.owner.shards)})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})

@@ -15,18 +15,29 @@ import click
 
 from hookd.commands.session import Failed, database_of, options, print_json
 from hookd.config import load
+from hookd.core.words import span
 
 if TYPE_CHECKING:
     import asyncpg
 
     from hookd.commands import Invocation
     from hookd.config import Config
+    from hookd.core.database import DatabaseHealth
     from hookd.postgres.connect import Database
 
 ROLES = ("hookd_producer", "hookd_daemon", "hookd_reader")
 
 CLOCK_MOST_S = 2.0
 """Receivers tolerate 300 s; more than this between two machines is a clock that nobody sets."""
+
+HELD_BACK_S = 900
+HELD_BACK_TRANSACTIONS = 5_000_000
+"""A snapshot older than this is warned about."""
+
+LONG_TRANSACTION_S = 3600
+DEAD_ROWS_MOST = 1_000_000
+NOTIFY_MOST = 0.5
+RETENTION_BEHIND_S = 3600
 
 UP_TO_DATE = "up to date"
 
@@ -113,9 +124,91 @@ async def _database(database: Database, config: Config) -> list[Finding]:
         findings = [*await _server(connection, database, config, took), *schema]
         if Finding("schema", "ok", UP_TO_DATE) in schema:
             findings += await _secrets(connection, config)
+            findings += await _health(connection, config)
         return findings
     finally:
         connection.terminate()
+
+
+async def _health(connection: asyncpg.Connection, config: Config) -> list[Finding]:
+    """Vacuum, transactions, the NOTIFY queue, days and retention."""
+    import asyncpg as driver  # noqa: PLC0415 - not for --help
+
+    from hookd.postgres.health import examine  # noqa: PLC0415
+
+    kept = config.retention
+    try:
+        found = await examine(
+            connection.fetch, events_s=kept.events, attempts_s=kept.attempts, dead_letters_s=kept.dead_letters
+        )
+    except driver.InsufficientPrivilegeError as error:
+        return [Finding("health", "warn", f"{error.args[0]}; run doctor as the daemon's role")]
+    return health_findings(found)
+
+
+def health_findings(found: DatabaseHealth) -> list[Finding]:
+    """What there is to say about PostgreSQL's health."""
+    findings = []
+    bad = [
+        h for h in found.holders if (h.seconds or 0) > HELD_BACK_S or h.transactions > HELD_BACK_TRANSACTIONS
+    ]
+    findings += [
+        Finding(
+            "vacuum",
+            "warn",
+            f"held back for {h.transactions:,} transactions"
+            + (f" and {span(h.seconds)}" if h.seconds is not None else "")
+            + f" by {h.who}",
+        )
+        for h in bad
+    ]
+    if not bad:
+        findings.append(Finding("vacuum", "ok", "nothing holds it back for long"))
+    if not found.visible:
+        findings.append(
+            Finding("sessions", "warn", "this role sees only its own: who holds vacuum back may be another; grant pg_read_all_stats to it")
+        )  # fmt: skip
+    findings.append(
+        Finding(
+            "transactions",
+            "ok" if found.longest_transaction_s < LONG_TRANSACTION_S else "warn",
+            f"the longest open one: {span(found.longest_transaction_s)}"
+            + (f", {found.longest_who}" if found.longest_transaction_s >= LONG_TRANSACTION_S else ""),
+        )
+    )
+    vacuumed = "never vacuumed" if found.vacuumed_s is None else f"vacuumed {span(found.vacuumed_s)} ago"
+    findings.append(
+        Finding(
+            "queue",
+            "ok" if found.dead_rows < DEAD_ROWS_MOST else "warn",
+            f"{found.live_rows:,} rows and {found.dead_rows:,} dead ones in {found.queue_bytes / 2**20:,.1f} MiB, {vacuumed}",
+        )
+    )
+    findings.append(
+        Finding(
+            "notifications",
+            "ok" if found.notify_usage < NOTIFY_MOST else "fail",
+            f"the queue is {found.notify_usage:.0%} full"
+            + ("; when it is full commits fail: end the session that listens in an open transaction" if found.notify_usage >= NOTIFY_MOST else ""),
+        )
+    )  # fmt: skip
+    few = [f"{table} {days}" for table, days in sorted(found.ahead.items()) if days < 1]
+    findings.append(
+        Finding("days", "warn", f"made ahead too few: {', '.join(few)}; does a daemon run?")
+        if few
+        else Finding("days", "ok", f"{min(found.ahead.values())} made ahead")
+    )
+    behind = [
+        f"{table} by {span(s)}" for table, s in sorted(found.behind_s.items()) if s > RETENTION_BEHIND_S
+    ]
+    findings.append(
+        Finding(
+            "retention", "warn", f"behind: {', '.join(behind)}; does a daemon run, or a reader hold a day?"
+        )
+        if behind
+        else Finding("retention", "ok", "nothing is kept longer than configured")
+    )
+    return findings
 
 
 async def _server(

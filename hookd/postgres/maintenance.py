@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.postgres.connect import unavailable
+from hookd.postgres.health import examine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from hookd.core.database import DatabaseHealth
 
 TIMEOUT_S = 60.0
 
@@ -117,6 +120,22 @@ class Maintenance:
         """How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is."""
         row = await self._run(self._connection.fetchrow, DEPTH)
         return {name: float(value or 0) for name, value in row.items()}
+
+    async def examine(
+        self, *, events_s: float, attempts_s: float, dead_letters_s: float
+    ) -> DatabaseHealth | str:
+        """How PostgreSQL does, as far as the queue depends on it, or why it does not say; given the retentions."""
+
+        async def fetch(statement: str, *args: Any) -> Any:
+            return await self._run(self._connection.fetch, statement, *args)
+
+        try:
+            return await examine(
+                fetch, events_s=events_s, attempts_s=attempts_s, dead_letters_s=dead_letters_s
+            )
+        except asyncpg.PostgresError as error:
+            # a server that hides its statistics must not keep anything from being delivered
+            return str(error.args[0])
 
     async def withdraw(self, node: str) -> None:
         """This daemon is gone."""

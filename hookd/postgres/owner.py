@@ -177,6 +177,11 @@ class OwnerSession:
         await self._run(as_number, timeout=None)
 
     @property
+    def shards_in_all(self) -> int:
+        """How many there are, whoever owns them."""
+        return len(self._all)
+
+    @property
     def backend(self) -> int:
         """Process id of this session in PostgreSQL."""
         return int(self._connection.get_server_pid())
