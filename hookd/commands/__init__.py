@@ -19,6 +19,7 @@ COMMANDS = {
     "run": ("run", "run", "The daemon: deliver until told to stop"),
     "check-config": ("configuration", "check_config", "Say whether the configuration is right"),
     "config": ("configuration", "config", "Show what is in force, or the file's JSON schema"),
+    "dsn": ("configuration", "dsn", "Print the URI of the database, for applications and psql"),
     "doctor": ("doctor", "doctor", "Look at everything that hookd depends on"),
     "migrate": ("migrate", "migrate", "Bring the database's schema up to date"),
     "send": ("send", "send", "Send an event"),

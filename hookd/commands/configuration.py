@@ -1,4 +1,4 @@
-"""``hookd check-config``, ``hookd config`` and ``hookd completion``."""
+"""``hookd check-config``, ``hookd config``, ``hookd dsn`` and ``hookd completion``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands.session import keyring_of, options, print_json
+from hookd.commands.session import database_of, keyring_of, options, print_json
 from hookd.config import SECTIONS, json_schema, load
 
 if TYPE_CHECKING:
@@ -66,6 +66,25 @@ def show(invocation: Invocation) -> None:
 def schema() -> None:
     """The JSON schema of config.toml, for editors."""
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+@click.command()
+@options
+@click.pass_obj
+def dsn(invocation: Invocation) -> None:
+    """
+    Print the URI of the database: with the password of the embedded server, else as configured.
+
+    \b
+    export DATABASE_URL="$(hookd dsn)"
+    psql "$(hookd dsn)"
+    """  # noqa: D301 - click's mark for lines that stay
+    wanted = load(invocation.config_file).config
+    uri = wanted.database.dsn
+    if uri == "embedded":
+        with database_of(wanted) as database:
+            uri = database.uri()
+    print_json({"dsn": uri}) if invocation.json else click.echo(uri)
 
 
 @click.command()

@@ -14,6 +14,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import asyncpg
 
@@ -98,6 +99,13 @@ class Database:
         if "target_session_attrs=" not in dsn:
             arguments["target_session_attrs"] = "read-write"
         return cls(arguments, redacted(dsn), password_file)
+
+    def uri(self) -> str:
+        """For other programs, with the password where it is known: as libpq takes it."""
+        if "dsn" in self.arguments:
+            return str(self.arguments["dsn"])
+        known = {name: quote(str(value), safe="/") for name, value in self.arguments.items()}
+        return "postgresql://{user}:{password}@/{database}?host={host}&port={port}".format(**known)
 
     async def connect(self, purpose: str) -> asyncpg.Connection:
         """

@@ -266,7 +266,7 @@ def test_doctor_names_who_it_is() -> None:
 
 def keys_logged() -> dict[str, str]:
     """Every key that a log call in the source gives, and where."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted((ROOT / "hookd").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "log = structlog.get_logger" not in text:
