@@ -9,8 +9,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
+from hookd.postgres.connect import Database
 from tests.cli import Cli
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty
 from tests.receiver import Receiver, always, answer
@@ -33,6 +36,19 @@ def cli(dsn: str, tmp_path: Path) -> Cli:
 def no_database(tmp_path: Path) -> Cli:
     """For what needs none."""
     return Cli("postgresql://nobody@127.0.0.1:1/none", tmp_path)
+
+
+def test_the_uri_of_the_database_is_one_that_others_understand(server_dsn: str, no_database: Cli) -> None:
+    assert no_database.ok("dsn").strip() == no_database.dsn
+    known = conninfo_to_dict(server_dsn)
+    arguments = {
+        "host": known["host"], "port": known["port"], "user": known["user"], "password": known.get("password", ""),
+        "database": known["dbname"],
+    }  # fmt: skip
+    uri = Database(arguments, "the embedded server").uri()
+    with psycopg.connect(uri) as connection:
+        row = connection.execute("select current_user").fetchone()
+    assert row == (known["user"],)
 
 
 def test_help_is_quick_and_complete(no_database: Cli) -> None:

@@ -59,6 +59,7 @@ def matching(cli: Cli, *arguments: str) -> int:
     return int(said["matching"])
 
 
+@pytest.mark.parametrize("server_dsn", ["embedded"], indirect=True)
 def test_what_is_chosen(dsn: str, cli: Cli) -> None:
     async def prepare() -> tuple[str, str]:
         _, one = await add_endpoint_with_id(dsn, "http://127.0.0.1:8089/a")

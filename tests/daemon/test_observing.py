@@ -25,12 +25,13 @@ from hookd.core.database import HOLDERS, DatabaseHealth, Holder
 from hookd.postgres.health import examine
 from tests.daemon_process import wait_until
 from tests.producing import add_endpoint, fetch, send, wait_empty
-from tests.receiver import Receiver, always, answer
+from tests.receiver import OK, Receiver, always, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.daemon_process import DaemonProcess
+    from tests.receiver import Call
 
 ROOT = Path(__file__).parent.parent.parent
 ADDED_BY_PROMETHEUS = {"job", "instance", "le"}
@@ -161,6 +162,33 @@ def test_ready_means_that_postgresql_answers(dsn: str, start_daemon: Callable[..
     finally:
         os.kill(row["pid"], signal.SIGCONT)
     wait_until(lambda: get(ready)[0] == 200, "it is ready again")
+
+
+def test_one_that_drains_is_not_ready(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = start_daemon()
+    ready = f"{daemon.admin}/readyz"
+
+    async def go() -> None:
+        hold = asyncio.Event()
+
+        async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+            await hold.wait()
+            writer.write(OK)
+
+        async with Receiver(handle) as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await receiver.wait_for_calls(1)
+            assert (await asyncio.to_thread(get, ready))[0] == 200
+            daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(daemon.wait_for, "draining")
+            status, said = await asyncio.to_thread(get, ready)
+            assert status == 503
+            assert "it is draining" in said
+            hold.set()
+            assert await asyncio.to_thread(daemon.process.wait, 60) == 0
+
+    asyncio.run(go())
 
 
 def test_the_trace_of_an_event_goes_with_every_attempt(

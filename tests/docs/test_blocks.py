@@ -288,16 +288,14 @@ class Reader:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("server_dsn", ["embedded"], indirect=True)
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in CHECKED_ELSEWHERE])
 def test_the_blocks_of_a_page(
     page: str,
     tmp_path: Path,
     dsn: str,
     start_daemon: Callable[..., DaemonProcess],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if request.node.callspec.params["server_dsn"] == "system":
-        pytest.skip("one server is enough: the pages say nothing that depends on its version")
     blocks = blocks_of(page)
     if not any(b.language for b in blocks):
         pytest.skip("it has no code")
