@@ -15,6 +15,7 @@ import re
 import stat
 import tomllib
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 TOKEN_LEAST = 16
+
+ASK_AGAIN_SHARE = 0.2
+"""Of ``retry.disable_after``: a verified endpoint that has failed for so long is asked again (a day, of five)."""
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -149,7 +153,11 @@ class Config(msgspec.Struct, frozen=True):
 
     def retry_policy(self) -> RetryPolicy:
         """The retry schedule as the core knows it."""
-        return RetryPolicy(tuple(self.retry.schedule), self.retry.jitter, self.retry.disable_after)
+        retry = self.retry
+        ask_again_after_s = (
+            retry.disable_after * ASK_AGAIN_SHARE if self.security.require_verification else inf
+        )
+        return RetryPolicy(tuple(retry.schedule), retry.jitter, retry.disable_after, ask_again_after_s)
 
     def default_limits(self) -> HostLimits:
         """What every host may be sent that is not named."""

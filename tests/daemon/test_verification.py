@@ -13,8 +13,8 @@ from hookd.core.challenge import TYPE, challenge_in
 from hookd.core.signing import verify
 from tests.cli import Cli
 from tests.daemon.test_api import Client
-from tests.producing import fetch, send, wait_empty, wait_for_row
-from tests.receiver import Receiver, answer
+from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
+from tests.receiver import Receiver, always, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,6 +213,70 @@ def test_a_disabled_one_is_asked_again_before_it_gets_what_it_missed(
             await in_thread(cli.ok, "endpoint", "verify", made["id"])
             await wait_empty(dsn)
             assert events(receiver) == [missed]
+
+    asyncio.run(go())
+
+
+async def fail_for_days(dsn: str) -> None:
+    """The endpoint was verified three days ago, and has failed for two."""
+    await fetch(
+        dsn,
+        """update hookd.endpoint
+              set verified_at = now() - interval '3 days', failing_since = now() - interval '2 days',
+                  failing_reason = 'answered 500'""",
+    )
+
+
+def test_one_that_has_failed_for_long_is_asked_again_before_the_flood_goes(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    daemon = start_daemon(HOOKD_RETRY__SCHEDULE='["500ms"' + ', "500ms"' * 90 + "]", **REQUIRED)
+
+    async def go() -> None:
+        willing = Willing(willing=True)
+        async with Receiver(willing) as receiver:
+            _, endpoint_id = await add_endpoint_with_id(dsn, receiver.url)
+            await fetch(dsn, "update hookd.endpoint set state = 'paused'")
+            sent = [await send(dsn) for _ in range(20)]
+            await fail_for_days(dsn)
+            # somebody else has the address now: whatever comes is welcome there
+            receiver.handle = always(answer(200))
+            await fetch(dsn, "update hookd.endpoint set state = 'active'")
+            reason = "asked again after failing for long: answered 200 without repeating the challenge"
+            await wait_for_row(
+                dsn,
+                "select 1 from hookd.attempt where outcome = 'unverified' and verdict = 'retry' and starts_with(reason, $1)",
+                reason,
+            )
+            assert events(receiver) == []
+            # and now it is the one that wants them
+            receiver.handle = willing
+            await wait_empty(dsn)
+            assert sorted(events(receiver)) == sorted(sent)
+            answered = daemon.wait_for("endpoint answered its challenge after failing for long")
+            assert answered["endpoint_id"] == str(endpoint_id)
+            await wait_for_row(
+                dsn,
+                """select 1 from hookd.endpoint
+                    where verified_at > now() - interval '1 hour' and failing_since is null and state = 'active'""",
+            )
+
+    asyncio.run(go())
+
+
+def test_who_vouches_again_for_one_that_failed_for_long_spares_it_the_challenge(
+    dsn: str, cli: Cli, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    start_daemon(**REQUIRED)
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            _, endpoint_id = await add_endpoint_with_id(dsn, receiver.url)
+            await fail_for_days(dsn)
+            await in_thread(cli.ok, "endpoint", "verify", str(endpoint_id), "--trust")
+            sent = await send(dsn)
+            await wait_empty(dsn)
+            assert [c.event_id for c in receiver.calls] == [sent]
 
     asyncio.run(go())
 
