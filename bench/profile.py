@@ -14,7 +14,8 @@ another.
 Collections of garbage are seen by their C functions' names; a Python without symbols counts them where they were set off.
 A share of p has a standard error of sqrt(p (1 - p) / samples), which is printed.
 
-py-spy comes with the extra ``bench``.  The daemon lets any process of the same user trace it, so this needs no root.
+py-spy comes with the extra ``bench``.  This daemon lets any process of the same user trace it (``security.core_dumps``), so
+this needs no root.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ async def measured(stage: Stage, given: argparse.Namespace, program: str) -> dic
     daemon = stage.daemon(
         HOOKD_DELIVERY__MAX_IN_FLIGHT=str(given.concurrency),
         HOOKD_LIMITS__CONCURRENCY=str(max(2, 2 * given.concurrency // given.hosts)),
+        HOOKD_SECURITY__CORE_DUMPS="true",
     )
     arrivals = Arrivals(stage)
     fifth = given.deliveries // 5

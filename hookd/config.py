@@ -114,6 +114,7 @@ class SecurityConfig(msgspec.Struct, frozen=True):
     master_key_file: str = ""
     require_verification: bool = False
     unverified: Literal["wait", "skip"] = "wait"
+    core_dumps: bool = False
 
 
 class AdminConfig(msgspec.Struct, frozen=True):

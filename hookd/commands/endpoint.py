@@ -50,7 +50,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``add`` and ``update`` can set."""
     for option in (
         click.option("--description", help="For people."),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated."),
+        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated. @FILE has one a line."),
         click.option("--format", "format_", type=FORMATS, help="Of the body; the default is delivery.format."),
         click.option("--ordered/--unordered", default=None, help="One event at a time, in the order of their insertion."),
         click.option("--concurrency", type=click.IntRange(1), help="Exchanges at once."),
@@ -84,7 +84,7 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How ``add`` and ``rotate`` come by a signing secret."""
     for option in (
-        click.option("--secret", "given", metavar="S", help="One that you have: whsec_…, whsk_…, or @FILE."),
+        click.option("--secret", "given", metavar="S", help="One that you have: @FILE, or whsec_…, whsk_… itself, which process lists show."),
         click.option("--key-type", type=click.Choice(["hmac", "ed25519"]), help="Of a new secret: shared (whsec_…), or a key pair (whsk_…, whpk_…)."),
     ):  # fmt: skip
         command = option(command)
