@@ -484,7 +484,11 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
-        if not name or os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+        if not name:
+            continue
+        if os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+            if path == "network.ca_file":
+                yield from _bad_bundle(name)
             continue
         if path == "network.ca_file":
             yield path, f"there is no file {name}"
@@ -492,6 +496,17 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
             # not repeated: it may be the secret itself, written where its file's name belongs
             hint = "; `hookd secrets new-key FILE` makes one" if path == "security.master_key_file" else ""
             yield path, f"there is no such file; write the path of a file that holds the secret{hint}"
+
+
+def _bad_bundle(name: str) -> Iterator[tuple[str, str]]:
+    import ssl  # noqa: PLC0415 - for few
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(name)
+    except ssl.SSLError:
+        yield "network.ca_file", f"{name} has no certificates; a bundle of authorities in PEM is expected"
+    except OSError as error:
+        yield "network.ca_file", f"{name} cannot be read: {error.strerror}"
 
 
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
