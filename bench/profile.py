@@ -52,7 +52,9 @@ COLLECTOR = re.compile(
 PARTS = (
     ("feed", re.compile(r"hookd/(feed|core/reads)\.py")),
     ("lanes, limits, breaker", re.compile(r"hookd/(core/(lanes|limits|breaker)|pacing)\.py")),
-    ("compose and sign", re.compile(r"hookd/core/(composer|bodies|signing|request|headers)\.py")),
+    ("signing", re.compile(r"hookd/core/signing\.py")),
+    ("compose", re.compile(r"hookd/core/(composer|bodies|request|headers)\.py")),
+    ("guard and resolver", re.compile(r"hookd/(core/(addresses|urls)|net/(resolver|vetting))\.py|aiodns|pycares")),
     ("exchange, ours", re.compile(r"hookd/net/")),
     ("exchange, aiohttp's parser", re.compile(r"_http_parser|llhttp|\b(api|http)\.c\b|aiohttp/(http_parser|http_exceptions)\.py")),
     ("exchange, aiohttp's protocol and streams", re.compile(r"aiohttp/|_http_writer|reader_c|multidict|yarl|frozenlist|propcache")),
@@ -60,7 +62,7 @@ PARTS = (
     ("recorder", re.compile(r"hookd/recorder\.py")),
     ("PostgreSQL client", re.compile(r"hookd/postgres/|asyncpg|\b(protocol|pgproto|record|recordobj)\.c\b")),
     ("event loop", re.compile(r"uvloop|asyncio/|_asynciomodule|\b(loop|core|linux|epoll|stream|loop-watcher|uv-common|handle-inl|timer)\.c\b|libuv")),
-    (REST, re.compile(r"hookd/|structlog|prometheus_client|aiodns|pycares")),
+    (REST, re.compile(r"hookd/|structlog|prometheus_client")),
 )  # fmt: skip
 
 ORDER = (*(name for name, _ in PARTS[:-1]), "system calls", "garbage collector", REST)
