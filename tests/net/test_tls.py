@@ -19,7 +19,7 @@ from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver
 from tests.net.test_exchange import LOOPBACK, request
 from tests.net.test_resolver import A, Dns
-from tests.receiver import OK, Receiver
+from tests.receiver import OK, Receiver, always, answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -68,7 +68,7 @@ def old(context: ssl.SSLContext, most: V) -> None:
 
 
 @contextlib.asynccontextmanager
-async def named(context: ssl.SSLContext) -> AsyncIterator[HttpExchange]:
+async def named(context: ssl.SSLContext, **options: Any) -> AsyncIterator[HttpExchange]:
     """An exchange for which the name leads to loopback."""
     transport, dns = await asyncio.get_running_loop().create_datagram_endpoint(
         Dns, local_addr=("127.0.0.1", 0)
@@ -78,7 +78,7 @@ async def named(context: ssl.SSLContext) -> AsyncIterator[HttpExchange]:
     mono = asyncio.get_running_loop().time
     resolver = Resolver(lambda: LOOPBACK, nameservers=[f"127.0.0.1:{port}"], mono=mono)
     http = HttpExchange(
-        resolver, lambda: LOOPBACK, ExchangeOptions(), wall=lambda: 0.0, mono=mono, context=context
+        resolver, lambda: LOOPBACK, ExchangeOptions(**options), wall=lambda: 0.0, mono=mono, context=context
     )
     try:
         yield http
@@ -176,6 +176,23 @@ def test_tls_1_1_is_refused(authority: trustme.CA, ca_file: str) -> None:
     old(lenient, V.TLSv1_1)
     if called(lenient).status != 200:
         pytest.skip("this OpenSSL has no TLS 1.1: there is nothing to refuse")
+
+
+def test_no_redirect_leads_from_https_to_http(authority: trustme.CA, ca_file: str) -> None:
+    async def go() -> None:
+        async with Receiver() as plain:
+            astray = always(answer(307, location=f"http://{NAME}:{plain.port}/"))
+            for redirects in ("any", "same-host"):
+                async with (
+                    Receiver(astray, context=Server(authority, NAME).context) as receiver,
+                    named(tls_context(ca_file), redirects=redirects) as http,
+                ):
+                    outcome = await http.send(request(f"https://{NAME}:{receiver.port}/"))
+                    assert outcome.status == 307
+                    assert outcome.reason == "a redirect from https to http is not followed"
+            assert plain.connections == 0
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize(
