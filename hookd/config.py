@@ -154,11 +154,17 @@ class Config(msgspec.Struct, frozen=True):
 
     def retry_policy(self) -> RetryPolicy:
         """The retry schedule as the core knows it."""
-        retry = self.retry
-        ask_again_after_s = (
-            retry.disable_after * ASK_AGAIN_SHARE if self.security.require_verification else inf
+        retry, ask_again_after_s = self.retry, self.ask_again_after_s()
+        return RetryPolicy(
+            tuple(retry.schedule),
+            retry.jitter,
+            retry.disable_after,
+            inf if ask_again_after_s is None else ask_again_after_s,
         )
-        return RetryPolicy(tuple(retry.schedule), retry.jitter, retry.disable_after, ask_again_after_s)
+
+    def ask_again_after_s(self) -> float | None:
+        """After how long of nothing but failures a verified endpoint is asked again; None: verification is not required."""
+        return self.retry.disable_after * ASK_AGAIN_SHARE if self.security.require_verification else None
 
     def default_limits(self) -> HostLimits:
         """What every host may be sent that is not named."""

@@ -291,7 +291,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     """
     Let it receive again, after pause or after it was disabled.
 
-    With security.require_verification one that was never verified, or was disabled, is asked first.
+    With security.require_verification one that was never verified, was disabled, or has failed for long, is asked first.
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
@@ -301,7 +301,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
         connection: asyncpg.Connection, config: Config
     ) -> tuple[int, EndpointRecord, Verification | None]:
         record, queued = await registry.resume(
-            connection, wanted, missed, require_verification=config.security.require_verification
+            connection, wanted, missed, ask_again_after_s=config.ask_again_after_s()
         )
         if record.state == "unverified":
             return queued, *await verification(connection, config, wanted)

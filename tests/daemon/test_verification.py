@@ -7,10 +7,12 @@ import json
 import signal
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
 from hookd.core.challenge import TYPE, challenge_in
 from hookd.core.signing import verify
+from hookd.postgres import registry
 from tests.cli import Cli
 from tests.daemon.test_api import Client
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
@@ -262,6 +264,29 @@ def test_one_that_has_failed_for_long_is_asked_again_before_the_flood_goes(
                 """select 1 from hookd.endpoint
                     where verified_at > now() - interval '1 hour' and failing_since is null and state = 'active'""",
             )
+
+    asyncio.run(go())
+
+
+def test_resuming_one_that_has_failed_for_long_does_not_spare_it(dsn: str) -> None:
+    async def go() -> None:
+        _, endpoint_id = await add_endpoint_with_id(dsn, "http://127.0.0.1:9017/")
+        connection = await asyncpg.connect(dsn)
+        await fail_for_days(dsn)
+        for after_s, state in ((3 * 86400.0, "active"), (86400.0, "unverified"), (None, "active")):
+            await fail_for_days(dsn)
+            record, _ = await registry.resume(connection, endpoint_id, ask_again_after_s=after_s)
+            assert record.state == state
+        # an answer begins its health anew, or its next failure would be the end of five days of them
+        await fail_for_days(dsn)
+        await registry.resume(connection, endpoint_id, ask_again_after_s=86400.0)
+        record = await registry.note_verification(connection, endpoint_id, "http://127.0.0.1:9017/", None)
+        assert (record.state, record.failing_since, record.parked_at) == ("active", None, None)
+        # of one that is active it is only noted
+        await fail_for_days(dsn)
+        record = await registry.note_verification(connection, endpoint_id, "http://127.0.0.1:9017/", None)
+        assert record.failing_since is not None
+        await connection.close()
 
     asyncio.run(go())
 
