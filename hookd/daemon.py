@@ -273,7 +273,7 @@ class Daemon:
                 self.dispatcher,
                 self._clock,
                 window=READ_AHEAD * self.config.delivery.max_in_flight,
-                known=[d.id for d in self.dispatcher.in_flight()],
+                known=self.dispatcher.taken(),
             )
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())

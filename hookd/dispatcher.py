@@ -62,6 +62,9 @@ TURN_MOST = 100
 CLASSES = tuple(f"{n}xx" for n in range(10))
 """Answers, as metrics count them; a status has three digits."""
 
+UNSERVED_S = 0.5
+"""How soon to look again for the endpoint of one that is held."""
+
 FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
 
@@ -267,6 +270,10 @@ class Dispatcher:
         """Deliveries whose exchange is under way."""
         return [delivery for delivery, _ in self._in_flight.values()]
 
+    def taken(self) -> list[DeliveryId]:
+        """Those that a lost session left here, in flight or held: the next one must not read them again."""
+        return [*self._in_flight, *self._held]
+
     def busy_shards(self) -> Counter[int]:
         """
         Deliveries of each shard that are in memory: waiting, in flight, held, or not written yet.
@@ -288,6 +295,9 @@ class Dispatcher:
         """The session is lost: let go of everything that is not in flight."""
         for key in list(self._endpoints):
             self.withdraw(key)
+        for _, timer in self._held.values():
+            timer.cancel()
+        self._held.clear()
         self._endpoints.clear()
         self._preparers.clear()
 
@@ -441,7 +451,11 @@ class Dispatcher:
 
     def _release(self, delivery: Delivery) -> None:
         del self._held[delivery.id]
-        self.admit(delivery)
+        if delivery.endpoint in self._endpoints:
+            self.admit(delivery)
+        else:
+            # the session was lost while it was under way: the next one has not read its endpoint yet
+            self._hold(delivery, UNSERVED_S)
 
     def _end(self, delivery: Delivery, verdict: Verdict) -> None:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))

@@ -206,6 +206,31 @@ def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
     asyncio.run(go())
 
 
+def test_one_that_is_held_when_its_session_is_gone_waits_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hookd.dispatcher.UNSERVED_S", 0.01)
+    monkeypatch.setattr("hookd.core.verdict.OURS_DELAY_S", 0.01)
+
+    async def go() -> None:
+        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no route"))
+        bench = Bench(exchange)
+        exchange.hold = asyncio.Event()
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        bench.dispatcher.forget_all()
+        exchange.hold.set()
+        await bench.until(lambda: not bench.dispatcher.in_flight())
+        for _ in range(5):  # released, and held again
+            await asyncio.sleep(0.02)
+            assert bench.dispatcher.taken() == [DeliveryId(1)]
+        bench.dispatcher.serve(ENDPOINT)
+        await bench.until(lambda: len(bench.results) == 1)
+        assert (exchange.sent, bench.dispatcher.taken()) == (2, [])
+
+    asyncio.run(go())
+
+
 def failing(*, since_s: float, verified_s: float | None) -> Endpoint:
     """An endpoint that has failed, and was verified, so long ago."""
     now = time.time()
