@@ -26,6 +26,7 @@ COMMANDS = {
     "secrets": ("secrets", "secrets", "Encrypt endpoint secrets at rest, change the master key"),
     "event": ("inspect", "event", "Find events and what became of them"),
     "attempts": ("inspect", "attempts", "Every attempt, with its answer and timing"),
+    "tail": ("tail", "tail", "Attempts as they happen"),
     "explain": ("inspect", "explain", "Why an event or a delivery is where it is"),
     "status": ("inspect", "status", "How the daemons, the queue and the lanes are doing"),
     "top": ("top", "top", "The same, live"),

@@ -12,6 +12,7 @@ from hookd.commands.calling import judged, tested, verification, vetted
 from hookd.commands.send import header_map
 from hookd.commands.session import (
     Failed,
+    endpoint_of,
     given_secret,
     keyring_of,
     options,
@@ -20,7 +21,6 @@ from hookd.commands.session import (
     print_json,
     print_table,
     shown,
-    uuid_of,
     with_connection,
 )
 from hookd.config import duration, load
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hookd.commands import Invocation
     from hookd.config import Config
     from hookd.core.challenge import Verification
-    from hookd.core.model import Secret
+    from hookd.core.model import Outcome, Secret
     from hookd.postgres.registry import EndpointChange, EndpointRecord
 
 FORMATS = click.Choice(["standard", "raw", "cloudevents", "thin"])
@@ -218,8 +218,11 @@ def _simple(
     endpoint_id: str,
     work: Callable[[asyncpg.Connection, Any], Awaitable[EndpointRecord]],
 ) -> EndpointRecord:
-    wanted = uuid_of(endpoint_id, "endpoint id")
-    return with_connection(invocation, lambda c, _: work(c, wanted))
+
+    async def found(connection: asyncpg.Connection, _config: Config) -> EndpointRecord:
+        return await work(connection, await endpoint_of(connection, endpoint_id))
+
+    return with_connection(invocation, found)
 
 
 @endpoint.command()
@@ -250,12 +253,11 @@ def update(
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    wanted = uuid_of(endpoint_id, "endpoint id")
-
     async def work(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[EndpointRecord, Verification | None]:
         keyring = keyring_of(config)
+        wanted = await endpoint_of(connection, endpoint_id)
         target = await judged(url, config) if url else None
         required = config.security.require_verification
         record = await registry.update(
@@ -295,11 +297,10 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    wanted = uuid_of(endpoint_id, "endpoint id")
-
     async def work(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[int, EndpointRecord, Verification | None]:
+        wanted = await endpoint_of(connection, endpoint_id)
         record, queued = await registry.resume(
             connection, wanted, missed, require_verification=config.security.require_verification
         )
@@ -343,9 +344,9 @@ def rotate(
         overlap_s = duration(overlap)
     except ValueError as error:
         raise Failed(f"--overlap: {error}", 2) from None
-    wanted = uuid_of(endpoint_id, "endpoint id")
 
     async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Secret]:
+        wanted = await endpoint_of(connection, endpoint_id)
         before = await registry.show(connection, wanted)
         secret = _secret(key_type or (None if given else before.key_type), given)
         keyring = keyring_of(config)
@@ -374,9 +375,8 @@ def verify(invocation: Invocation, endpoint_id: str, *, trust: bool) -> None:
     from hookd.core.challenge import Verification  # noqa: PLC0415 - not for --help
     from hookd.postgres import registry  # noqa: PLC0415
 
-    wanted = uuid_of(endpoint_id, "endpoint id")
-
     async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Verification]:
+        wanted = await endpoint_of(connection, endpoint_id)
         if not trust:
             return await verification(connection, config, wanted)
         record = await registry.show(connection, wanted)
@@ -425,8 +425,11 @@ def check(invocation: Invocation, url: str) -> None:
 @click.pass_obj
 def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> None:
     """Send it a test event now, past the queue, and print the exchange; exit status 0 if it was accepted."""
-    wanted = uuid_of(endpoint_id, "endpoint id")
-    sent, outcome = with_connection(invocation, lambda c, config: tested(c, config, wanted, type_, data))
+
+    async def work(connection: asyncpg.Connection, config: Config) -> tuple[str, Outcome]:
+        return await tested(connection, config, await endpoint_of(connection, endpoint_id), type_, data)
+
+    sent, outcome = with_connection(invocation, work)
     accepted = 200 <= outcome.status < 300
     if invocation.json:
         print_json({

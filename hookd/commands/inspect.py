@@ -13,12 +13,13 @@ import click
 
 from hookd.commands.session import (
     Failed,
+    endpoint_of,
+    event_of,
     moment,
     options,
     print_fields,
     print_json,
     print_table,
-    uuid_of,
     with_connection,
 )
 from hookd.config import load
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from hookd.config import Config
 
 BODY_SHOWN = 400
+
+LIKE_AN_ID = 8
+"""So many digits may be the beginning of an event's id as well as the number of a delivery."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,13 +60,14 @@ def list_events(
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
     after, upto = moment(since), moment(until)
-    last = uuid_of(before, "event id") if before else None
-    rows = with_connection(
-        invocation,
-        lambda c, _: history.events(
-            c, tenant=tenant, type_pattern=type_, before=last, since=after, until=upto, limit=limit
-        ),
-    )
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
+        last = await event_of(connection, before) if before else None
+        return await history.events(
+            connection, tenant=tenant, type_pattern=type_, before=last, since=after, until=upto, limit=limit
+        )
+
+    rows = with_connection(invocation, work)
     if invocation.json:
         print_json(rows)
         return
@@ -80,11 +85,16 @@ def list_events(
 def show_event(invocation: Invocation, event_id: str) -> None:
     """One event with its payload, and what became of it at each endpoint."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres.lookup import no_event  # noqa: PLC0415
 
-    wanted = uuid_of(event_id, "event id")
-    found = with_connection(invocation, lambda c, _: history.event(c, wanted))
-    if found is None:
-        raise Failed(f"there is no event {wanted}; it may have ended with retention.events")
+    async def work(connection: asyncpg.Connection, _config: Config) -> dict[str, Any]:
+        wanted = await event_of(connection, event_id)
+        found = await history.event(connection, wanted)
+        if found is None:
+            raise Failed(await no_event(connection, wanted))
+        return found
+
+    found = with_connection(invocation, work)
     if invocation.json:
         print_json(found)
         return
@@ -114,15 +124,19 @@ def attempts(
     """Every attempt, newest first, with its request, answer and timing."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
-    event_uuid = uuid_of(event_id, "event id") if event_id else None
-    endpoint_uuid = uuid_of(endpoint_id, "endpoint id") if endpoint_id else None
     upto = moment(before)
-    rows = with_connection(
-        invocation,
-        lambda c, _: history.attempts(
-            c, event_id=event_uuid, endpoint_id=endpoint_uuid, verdict=verdict, before=upto, limit=limit
-        ),
-    )
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
+        return await history.attempts(
+            connection,
+            event_id=await event_of(connection, event_id) if event_id else None,
+            endpoint_id=await endpoint_of(connection, endpoint_id) if endpoint_id else None,
+            verdict=verdict,
+            before=upto,
+            limit=limit,
+        )
+
+    rows = with_connection(invocation, work)
     if invocation.json:
         print_json(rows)
         return
@@ -163,12 +177,13 @@ def explain(invocation: Invocation, id_: str) -> None:
     """Why this event (or this delivery, by its number) is where it is."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
     from hookd.postgres.explain import explain as look  # noqa: PLC0415
+    from hookd.postgres.lookup import no_event  # noqa: PLC0415
 
     async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
         event_id, delivery_id = await find(connection, id_)
         found = await look(connection, event_id, delivery_id)
         if not found and await history.event(connection, event_id) is None:
-            raise Failed(f"there is no event {event_id}; it may have ended with retention.events")
+            raise Failed(await no_event(connection, event_id))
         return found
 
     rows = with_connection(invocation, work)
@@ -201,11 +216,13 @@ async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | N
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
     if not text.isdigit():
-        return uuid_of(text, "event id or delivery number"), None
-    event_id = await history.find_delivery(connection, int(text))
-    if event_id is None:
-        raise Failed(f"there is no delivery {text}; `hookd event list` shows events")
-    return event_id, int(text)
+        return await event_of(connection, text), None
+    event_id = await history.find_delivery(connection, int(text)) if len(text) < 19 else None
+    if event_id is not None:
+        return event_id, int(text)
+    if len(text) >= LIKE_AN_ID:
+        return await event_of(connection, text), None
+    raise Failed(f"there is no delivery {text}; `hookd event list` shows events")
 
 
 @click.command()
