@@ -34,6 +34,7 @@ COMMANDS = {
     "resend": ("replay", "resend", "One event or delivery again, now"),
     "verify": ("verify", "verify", "Say whether a captured request's signature holds"),
     "listen": ("listen", "listen", "A receiver for development"),
+    "docs": ("docs", "docs", "Documentation for those who receive"),
     "health": ("inspect", "health", "Ask a running daemon whether it is well"),
     "evict": ("inspect", "evict", "End the session of a daemon that hangs; the others take its hosts"),
     "demo": ("demo", "demo", "Receivers good and bad, and what becomes of their events"),
