@@ -228,7 +228,7 @@ def line_of(row: dict[str, Any], width: int | None) -> Line:
             _then(row),
         )
     )
-    return Line(text, MARKS.get(verdict, ""))
+    return Line(text.rstrip(), MARKS.get(verdict, ""))
 
 
 def _then(row: dict[str, Any]) -> str:
