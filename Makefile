@@ -12,7 +12,7 @@ help: ## this list
 run: $(VENV)/.run ## start hookd with config.toml (embedded PostgreSQL, console on http://127.0.0.1:8440)
 	$(BIN)/hookd run --config config.toml
 
-demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becomes of them
+demo: $(VENV)/.run ## receivers good and bad, and what hookd does about each
 	$(BIN)/hookd demo
 
 test: $(VENV)/.dev ## the whole test suite

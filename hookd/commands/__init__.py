@@ -37,7 +37,7 @@ COMMANDS = {
     "docs": ("docs", "docs", "Documentation for those who receive"),
     "health": ("inspect", "health", "Ask a running daemon whether it is well"),
     "evict": ("inspect", "evict", "End the session of a daemon that hangs; the others take its hosts"),
-    "demo": ("demo", "demo", "Receivers good and bad, and what becomes of their events"),
+    "demo": ("demo", "demo", "Receivers good and bad, and what hookd does about each"),
     "completion": ("configuration", "completion", "Completion for bash, zsh or fish"),
 }
 

@@ -35,6 +35,7 @@ COLOURS: dict[str, dict[str, Any]] = {
     "bad": {"fg": "red"},
     "warn": {"fg": "yellow"},
     "dim": {"dim": True},
+    "good": {"fg": "green"},
 }
 
 
@@ -47,7 +48,7 @@ class Line:
 
     text: str
     mark: str = ""
-    """``head``, ``bad``, ``warn``, ``dim``, or nothing."""
+    """``head``, ``bad``, ``warn``, ``dim``, ``good``, or nothing."""
 
 
 def width_of_terminal() -> int | None:
