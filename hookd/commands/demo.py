@@ -172,9 +172,12 @@ class Stage:
 
     async def wait_for_daemon(self) -> None:
         """Until it has taken its shards."""
-        async with asyncio.timeout(DEADLINE_S):
-            while not await self._connection.fetchval("select exists (select from hookd.node)"):
-                await asyncio.sleep(0.05)
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until:
+            if await self._connection.fetchval("select exists (select from hookd.node)"):
+                return
+            await asyncio.sleep(0.05)
+        raise Failed("the daemon did not start in time")
 
     async def play(self, number: int, act: Act) -> None:
         """One act: its receivers are those of a tenant of their own."""

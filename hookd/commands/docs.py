@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.session import Failed, options, print_json, with_connection
 from hookd.config import load
 
@@ -40,7 +41,11 @@ SHAPE_DEEP = 8
 )
 @click.option("--format", "form", type=click.Choice(["site", "markdown", "openapi"]), default="site", show_default=True, help="HTML pages, one Markdown file, or an OpenAPI document.")  # fmt: skip
 @click.option("--catalogue", metavar="FILE", help=f"Titles, descriptions, schemas, examples; default: ./{CATALOGUE}, where it is.")  # fmt: skip
-@click.option("--tenant", help="Show what concerns this tenant only; default: everything.")
+@click.option(
+    "--tenant",
+    shell_complete=completing.tenants,
+    help="Show what concerns this tenant only; default: everything.",
+)
 @click.option("--payloads", type=click.Choice(["shape", "real", "none"]), default="shape", show_default=True, help="Of events without an example: the newest payload with its values blanked, as it is, or nothing.")  # fmt: skip
 @click.option("--offline", is_flag=True, help="Ask no database: the catalogue only.")
 @click.option("--example", is_flag=True, help="Print an example of the catalogue, and do nothing else.")

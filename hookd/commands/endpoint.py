@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.calling import judged, tested, verification, vetted
 from hookd.commands.send import header_map
 from hookd.commands.session import (
@@ -56,7 +57,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--concurrency", type=click.IntRange(1), help="Exchanges at once."),
         click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests per second."),
         click.option("--filter", "filter_", metavar="JSONPATH", help="Only events whose payload matches: '$.amount ? (@ > 100)'."),
-        click.option("--type", "types", multiple=True, metavar="PATTERN", help="user.created, user.* or *; may be repeated."),
+        click.option("--type", "types", multiple=True, metavar="PATTERN", shell_complete=completing.types, help="user.created, user.* or *; may be repeated."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -121,7 +122,7 @@ def _said(answer: Verification, record: EndpointRecord) -> str:
 
 @endpoint.command()
 @click.argument("url")
-@click.option("--tenant", default="default", show_default=True)
+@click.option("--tenant", shell_complete=completing.tenants, default="default", show_default=True)
 @_secret_options
 @_settings
 @options
@@ -177,7 +178,7 @@ def _conclude(invocation: Invocation, record: EndpointRecord, answer: Verificati
 
 
 @endpoint.command(name="list")
-@click.option("--tenant")
+@click.option("--tenant", shell_complete=completing.tenants)
 @click.option("--state", type=STATES)
 @click.option("--limit", type=click.IntRange(1, 10000), default=100, show_default=True)
 @options
@@ -226,7 +227,7 @@ def _simple(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @options
 @click.pass_obj
 def show(invocation: Invocation, endpoint_id: str) -> None:
@@ -237,7 +238,7 @@ def show(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--url", help="Another URL; what is pending goes there too.")
 @click.option("--clear", multiple=True, type=click.Choice(["filter", "format", "rate", "concurrency", "description", "headers"]), help="Back to none; may be repeated.")  # fmt: skip
 @_settings
@@ -273,7 +274,7 @@ def update(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--reason", help="For people.")
 @options
 @click.pass_obj
@@ -285,7 +286,7 @@ def pause(invocation: Invocation, endpoint_id: str, reason: str | None) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--missed", type=click.Choice(["all", "latest", "none"]), default="none", show_default=True, help="What a disabled endpoint gets of what it missed.")  # fmt: skip
 @options
 @click.pass_obj
@@ -314,7 +315,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @options
 @click.pass_obj
 def remove(invocation: Invocation, endpoint_id: str) -> None:
@@ -325,7 +326,7 @@ def remove(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--overlap", default="1d", show_default=True, help="How long the old secret signs too.")
 @_secret_options
 @options
@@ -361,7 +362,7 @@ def rotate(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--trust", is_flag=True, help="Take it for verified without asking it.")
 @options
 @click.pass_obj
@@ -418,7 +419,7 @@ def check(invocation: Invocation, url: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--type", "type_", default="hookd.test", show_default=True)
 @click.option("--data", default='{"test": true}', show_default=True, help="The payload, JSON.")
 @options

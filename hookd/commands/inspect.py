@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.session import (
     Failed,
     endpoint_of,
@@ -44,8 +45,10 @@ def event() -> None:
 
 
 @event.command(name="list")
-@click.option("--tenant")
-@click.option("--type", "type_", metavar="PATTERN", help="user.created, user.* or *.")
+@click.option("--tenant", shell_complete=completing.tenants)
+@click.option(
+    "--type", "type_", metavar="PATTERN", shell_complete=completing.types, help="user.created, user.* or *."
+)
 @click.option("--since", metavar="TIME", help="2h (ago), or a time.")
 @click.option("--until", metavar="TIME")
 @click.option("--before", metavar="ID", help="The page after this event.")
@@ -79,7 +82,7 @@ def list_events(
 
 
 @event.command(name="show")
-@click.argument("event_id", metavar="ID")
+@click.argument("event_id", metavar="ID", shell_complete=completing.events)
 @options
 @click.pass_obj
 def show_event(invocation: Invocation, event_id: str) -> None:
@@ -109,8 +112,8 @@ def show_event(invocation: Invocation, event_id: str) -> None:
 
 
 @click.command()
-@click.option("--event", "event_id", metavar="ID")
-@click.option("--endpoint", "endpoint_id", metavar="ID")
+@click.option("--event", "event_id", metavar="ID", shell_complete=completing.events)
+@click.option("--endpoint", "endpoint_id", metavar="ID", shell_complete=completing.endpoints)
 @click.option("--verdict", type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]))
 @click.option("--before", metavar="TIME", help="The page before this time.")
 @click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
@@ -170,7 +173,7 @@ def _print_attempt(row: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", shell_complete=completing.events)
 @options
 @click.pass_obj
 def explain(invocation: Invocation, id_: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.session import Failed, moment, options, print_json, with_connection
 from hookd.config import DURATION, duration
 
@@ -28,9 +29,9 @@ select hookd.send($1::text, $2::text, tenant => $3::text, idempotency_key => $4:
 
 
 @click.command()
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=completing.types)
 @click.option("--data", default="null", help="The payload: JSON, @FILE, or - for stdin.")
-@click.option("--tenant", default="default", show_default=True)
+@click.option("--tenant", shell_complete=completing.tenants, default="default", show_default=True)
 @click.option("--key", help="Idempotency key: the same key again sends nothing and prints the first id.")
 @click.option("--order-key", help="Events of one key reach an endpoint in order.")
 @click.option("--coalesce-key", help="A newer event replaces older ones that no attempt has been made for.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands import drawing
+from hookd.commands import completing, drawing
 from hookd.commands.drawing import SHORT_ID, Line
 from hookd.commands.session import (
     bring_up_to_date,
@@ -75,10 +75,24 @@ class _Outcome(click.ParamType[str]):
 
 
 @click.command()
-@click.option("--endpoint", "endpoint_id", metavar="ID", help="Of this endpoint only.")
-@click.option("--event", "event_id", metavar="ID", help="Of this event only.")
-@click.option("--type", "type_", metavar="PATTERN", help="Of these events only: user.created, user.* or *.")
-@click.option("--tenant", help="Of this tenant only.")
+@click.option(
+    "--endpoint",
+    "endpoint_id",
+    metavar="ID",
+    shell_complete=completing.endpoints,
+    help="Of this endpoint only.",
+)
+@click.option(
+    "--event", "event_id", metavar="ID", shell_complete=completing.events, help="Of this event only."
+)
+@click.option(
+    "--type",
+    "type_",
+    metavar="PATTERN",
+    shell_complete=completing.types,
+    help="Of these events only: user.created, user.* or *.",
+)
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
 @click.option("--outcome", "outcomes", multiple=True, type=_Outcome(), metavar="WHAT", help="Only these: delivered, retry, exhausted, timeout, 503, 5xx …; may be repeated.")  # fmt: skip
 @click.option("--failed", is_flag=True, help="The same as --outcome retry --outcome exhausted.")
 @click.option("--since", metavar="TIME", help="Begin with those since 10m (ago), or since a time.")

@@ -30,6 +30,32 @@ select v.id, v.type as said from hookd.event v where v.id between $1 and $2 orde
 
 NEWEST_ENDPOINTS = "select e.id, e.url as said from hookd.endpoint e where e.state <> 'removed' order by e.id desc limit 1000"
 
+OFFERED = 50
+
+LOOKED_THROUGH = 2000
+"""Of the newest events, for what is offered."""
+
+OFFERS = {
+    "endpoints": f"""
+select e.id::text as value, e.url as help from hookd.endpoint e
+ where e.state <> 'removed' and starts_with(e.id::text, $1) order by e.id desc limit {OFFERED}
+""",
+    "events": f"""
+select v.id::text as value, v.type as help
+  from (select id, type from hookd.event order by id desc limit {LOOKED_THROUGH}) v
+ where starts_with(v.id::text, $1) order by v.id desc limit {OFFERED}
+""",
+    "types": f"""
+select distinct v.type as value, null as help
+  from (select type from hookd.event order by id desc limit {LOOKED_THROUGH}) v
+ where starts_with(v.type, $1) order by 1 limit {OFFERED}
+""",
+    "tenants": f"""
+select distinct e.tenant as value, null as help from hookd.endpoint e
+ where starts_with(e.tenant, $1) order by 1 limit {OFFERED}
+""",
+}
+
 KINDS = {"endpoint": ENDPOINTS, "event": EVENTS}
 
 
@@ -60,6 +86,11 @@ async def no_event(connection: asyncpg.Connection, event_id: UUID) -> str:
     if await connection.fetchval("select exists (select from hookd.endpoint where id = $1)", event_id):
         return f"{event_id} is an endpoint, not an event; see hookd endpoint show {event_id}"
     return f"there is no event {event_id}; it may have ended with retention.events"
+
+
+async def offered(connection: asyncpg.Connection, kind: str, beginning: str) -> list[asyncpg.Record]:
+    """What a shell completes to, ``value`` and ``help``: ``endpoints``, ``events``, ``types`` or ``tenants``, the newest of them."""
+    return list(await connection.fetch(OFFERS[kind], beginning))
 
 
 async def _named(connection: asyncpg.Connection, text: str, kind: str) -> UUID:
