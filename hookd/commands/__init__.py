@@ -68,6 +68,7 @@ class Lazy(click.Group):
             raise click.exceptions.NoSuchCommand(cmd_name, possibilities=COMMANDS, ctx=ctx)
         module, attribute, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"hookd.commands.{module}"), attribute)
+        _give_examples(command, cmd_name)
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -85,6 +86,18 @@ class Lazy(click.Group):
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+def _give_examples(command: click.Command, name: str) -> None:
+    """End the help of a command, and of those in it, with an example."""
+    from hookd.commands.examples import EXAMPLES  # noqa: PLC0415 - not for a list of commands
+
+    if isinstance(command, click.Group):
+        for inner, one in command.commands.items():
+            _give_examples(one, f"{name} {inner}")
+    elif name in EXAMPLES:
+        # \b: as it is, not folded
+        command.epilog = f"\b\nExample:  {EXAMPLES[name]}"
 
 
 @click.group(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands.drawing import coloured
 from hookd.commands.session import Failed, print_table
 
 if TYPE_CHECKING:
@@ -121,10 +122,7 @@ def demo(acts: tuple[int, ...]) -> None:
     Receivers good and bad, and what hookd does about each: a story in seven acts, within a minute.
 
     Everything is its own and temporary: a PostgreSQL, a daemon, eight receivers on loopback.  Nothing is left behind.
-
-    \b
-    hookd demo
-    """  # noqa: D301 - click's mark for lines that stay
+    """
     with tempfile.TemporaryDirectory(prefix="hookd-demo-") as folder:
         Path(folder).chmod(0o755)
         asyncio.run(_play(Path(folder), acts or tuple(range(1, len(ACTS) + 1))))
@@ -182,7 +180,7 @@ class Stage:
     async def play(self, number: int, act: Act) -> None:
         """One act: its receivers are those of a tenant of their own."""
         tenant = f"act-{number}"
-        click.echo(click.style(f"\n{number}. {act.title}", bold=True))
+        click.echo(click.style(f"\n{number}. {act.title}", bold=True), color=coloured())
         _tell(act.before)
         for part in act.cast:
             await self._enter(part, tenant)
@@ -267,14 +265,9 @@ class Stage:
         while time.monotonic() < until:
             if sent < events and time.monotonic() >= next_at:
                 next_at += every_s
-                sent += 1
-                number = len(self._numbers) + 1
-                event_id = await self._connection.fetchval(
-                    "select hookd.send('order.paid', json_build_object('order', $1::integer)::text, tenant => $2)",
-                    number,
-                    tenant,
-                )
-                self._numbers[event_id] = number
+                count = 1 if every_s else events
+                await self._send(tenant, count)
+                sent += count
             # asked before the log is read: what is settled meanwhile is printed in the next turn
             pending = await self._connection.fetchval("select exists (select from hookd.delivery)")
             rows = await self._connection.fetch(ATTEMPTS, tenant)
@@ -286,6 +279,18 @@ class Stage:
                 return
             await asyncio.sleep(0.05)
         raise Failed("the demo did not end in time")
+
+    async def _send(self, tenant: str, count: int) -> None:
+        """So many events, in one transaction."""
+        first = len(self._numbers) + 1
+        rows = await self._connection.fetch(
+            """select n, hookd.send('order.paid', json_build_object('order', n)::text, tenant => $3) as id
+                 from generate_series($1::integer, $2::integer) n""",
+            first,
+            first + count - 1,
+            tenant,
+        )
+        self._numbers |= {row["id"]: row["n"] for row in rows}
 
     def _print(self, row: asyncpg.Record) -> None:
         verdict, name = row["verdict"], row["url"].rpartition("/")[2]
@@ -304,7 +309,7 @@ class Stage:
         )
 
     def _say(self, text: str, then: str) -> None:
-        click.echo(f"  {time.monotonic() - self._begun:4.1f} s  {text} {then}".rstrip())
+        click.echo(f"  {time.monotonic() - self._begun:4.1f} s  {text} {then}".rstrip(), color=coloured())
 
     async def _type(self, *arguments: str) -> None:
         """Run a command, as somebody would."""

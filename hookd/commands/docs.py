@@ -63,7 +63,6 @@ def docs(
 
     \b
     hookd docs --example > events.toml
-    hookd docs --output public/webhooks
     """  # noqa: D301 - click's mark for lines that stay
     from hookd.guide import writing  # noqa: PLC0415 - not for --help
 

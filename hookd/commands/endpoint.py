@@ -122,7 +122,13 @@ def _said(answer: Verification, record: EndpointRecord) -> str:
 
 @endpoint.command()
 @click.argument("url")
-@click.option("--tenant", shell_complete=completing.tenants, default="default", show_default=True)
+@click.option(
+    "--tenant",
+    shell_complete=completing.tenants,
+    default="default",
+    show_default=True,
+    help="Whose events it gets.",
+)
 @_secret_options
 @_settings
 @options
@@ -135,10 +141,7 @@ def add(
 
     With security.require_verification it is asked right away whether it wants to be called; exit status 1 if it does not
     answer, and it stays registered.
-
-    \b
-    hookd endpoint add https://example.com/hooks --type 'user.*'
-    """  # noqa: D301 - click's mark for lines that stay
+    """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     secret = _secret(key_type, given)
@@ -178,9 +181,11 @@ def _conclude(invocation: Invocation, record: EndpointRecord, answer: Verificati
 
 
 @endpoint.command(name="list")
-@click.option("--tenant", shell_complete=completing.tenants)
-@click.option("--state", type=STATES)
-@click.option("--limit", type=click.IntRange(1, 10000), default=100, show_default=True)
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
+@click.option("--state", type=STATES, help="In this state only.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=100, show_default=True, help="No more than so many."
+)
 @options
 @click.pass_obj
 def list_(invocation: Invocation, tenant: str | None, state: str | None, limit: int) -> None:
@@ -420,7 +425,7 @@ def check(invocation: Invocation, url: str) -> None:
 
 @endpoint.command()
 @click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
-@click.option("--type", "type_", default="hookd.test", show_default=True)
+@click.option("--type", "type_", default="hookd.test", show_default=True, help="The event's type.")
 @click.option("--data", default='{"test": true}', show_default=True, help="The payload, JSON.")
 @options
 @click.pass_obj

@@ -45,14 +45,16 @@ def event() -> None:
 
 
 @event.command(name="list")
-@click.option("--tenant", shell_complete=completing.tenants)
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
 @click.option(
     "--type", "type_", metavar="PATTERN", shell_complete=completing.types, help="user.created, user.* or *."
 )
 @click.option("--since", metavar="TIME", help="2h (ago), or a time.")
-@click.option("--until", metavar="TIME")
+@click.option("--until", metavar="TIME", help="Before then.")
 @click.option("--before", metavar="ID", help="The page after this event.")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="No more than so many."
+)
 @options
 @click.pass_obj
 def list_events(
@@ -112,11 +114,25 @@ def show_event(invocation: Invocation, event_id: str) -> None:
 
 
 @click.command()
-@click.option("--event", "event_id", metavar="ID", shell_complete=completing.events)
-@click.option("--endpoint", "endpoint_id", metavar="ID", shell_complete=completing.endpoints)
-@click.option("--verdict", type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]))
+@click.option(
+    "--event", "event_id", metavar="ID", shell_complete=completing.events, help="Of this event only."
+)
+@click.option(
+    "--endpoint",
+    "endpoint_id",
+    metavar="ID",
+    shell_complete=completing.endpoints,
+    help="Of this endpoint only.",
+)
+@click.option(
+    "--verdict",
+    type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]),
+    help="With this verdict only.",
+)
 @click.option("--before", metavar="TIME", help="The page before this time.")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="No more than so many."
+)
 @click.option("--full", is_flag=True, help="With the answers.")
 @options
 @click.pass_obj

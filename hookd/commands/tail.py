@@ -111,7 +111,6 @@ def tail(
     left out, so a slow one comes after those that began later.
 
     \b
-    hookd tail --failed --since 10m
     hookd tail --type 'order.*' --json | jq -r .url
     """  # noqa: D301 - click's mark for lines that stay
     from hookd.postgres.tail import Choice, Tail  # noqa: PLC0415 - not for --help
