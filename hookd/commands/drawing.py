@@ -39,6 +39,7 @@ COLOURS: dict[str, dict[str, Any]] = {
 }
 
 
+TIME_SHAPE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -104,26 +105,35 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], width: int | Non
     """
     Lines of a table under its head, fitted to the terminal's width.
 
-    Where it is too wide the widest cells lose their middles, then ids all but their beginnings.
+    Where it is too wide the widest cells lose their middles, ids all but their beginnings, and times their year.
     """
     cells = [[name.upper() for name in header], *([printable(text) for text in row] for row in rows)]
     sizes = [max(len(line[n]) for line in cells) for n in range(len(header))]
-    ids = [n for n in range(len(header)) if any(UUID_SHAPE.fullmatch(line[n]) for line in cells[1:])]
-    others = [n for n in range(len(header)) if n not in ids]
     if width is not None:
-        spare = width - 2 * (len(header) - 1)
-        _shrink(sizes, others, spare, 2 * CELL_LEAST)
-        if sum(sizes) > spare:
-            for n in ids:
-                sizes[n] = max(SHORT_ID, len(header[n]))
-                for line in cells[1:]:
-                    line[n] = line[n][:SHORT_ID]
-        _shrink(sizes, others, spare, CELL_LEAST)
+        _fit(cells, sizes, width - 2 * (len(header) - 1))
     texts = [
         "  ".join(cut_middle(c, size).ljust(size) for c, size in zip(line, sizes, strict=True)).rstrip()
         for line in cells
     ]
     return [Line(texts[0], "head"), *map(Line, texts[1:])]
+
+
+def _fit(cells: list[list[str]], sizes: list[int], spare: int) -> None:
+    """Make columns narrower, the least needed parts first."""
+    columns = range(len(sizes))
+    ids, times = (
+        [n for n in columns if any(shape.fullmatch(line[n]) for line in cells[1:])]
+        for shape in (UUID_SHAPE, TIME_SHAPE)
+    )
+    others = [n for n in columns if n not in ids and n not in times]
+    _shrink(sizes, others, spare, 2 * CELL_LEAST)
+    for kept, chosen in ((slice(SHORT_ID), ids), (slice(len("2026-"), None), times)):
+        if sum(sizes) > spare:
+            for n in chosen:
+                for line in cells[1:]:
+                    line[n] = line[n][kept] if len(line[n]) > CELL_LEAST else line[n]
+                sizes[n] = max(len(line[n]) for line in cells)
+    _shrink(sizes, others, spare, CELL_LEAST)
 
 
 def _shrink(sizes: list[int], which: Sequence[int], spare: int, least: int) -> None:

@@ -10,6 +10,7 @@ import click
 
 from hookd.commands import completing
 from hookd.commands.calling import judged, tested, verification, vetted
+from hookd.commands.drawing import printable
 from hookd.commands.send import header_map
 from hookd.commands.session import (
     Failed,
@@ -447,9 +448,9 @@ def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> Non
         click.echo("\n".join(f"> {line}" for line in sent.splitlines()))
         if outcome.status:
             click.echo(f"< {outcome.status}")
-            click.echo("\n".join(f"< {line}" for line in outcome.headers.splitlines()))
+            click.echo("\n".join(f"< {printable(line)}" for line in outcome.headers.splitlines()))
             if outcome.body:
-                click.echo("<\n" + "\n".join(f"< {line}" for line in outcome.body.splitlines()))
+                click.echo("<\n" + "\n".join(f"< {printable(line)}" for line in outcome.body.splitlines()))
         verdict = (
             "accepted" if accepted else f"not accepted: {outcome.reason or f'answered {outcome.status}'}"
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookd.commands import completing
+from hookd.commands.drawing import printable
 from hookd.commands.session import (
     Failed,
     endpoint_of,
@@ -182,9 +183,10 @@ def _print_attempt(row: dict[str, Any]) -> None:
     row.pop("resent")
     print_fields({k: v for k, v in row.items() if v is not False})
     for line in (headers or "").splitlines():
-        click.echo(f"  < {line}")
+        click.echo(f"  < {printable(line)}")
     if body:
-        click.echo(f"  < {body[:BODY_SHOWN]}{'…' if len(body) > BODY_SHOWN else ''}")
+        for line in (body[:BODY_SHOWN] + ("…" if len(body) > BODY_SHOWN else "")).splitlines():
+            click.echo(f"  < {printable(line)}")
     click.echo()
 
 
@@ -218,6 +220,7 @@ def explain(invocation: Invocation, id_: str) -> None:
 
 def _folded(sentence: str) -> str:
     """A sentence under its headline; folded to the terminal if it is one."""
+    sentence = printable(sentence)
     if not sys.stdout.isatty():
         return f"  {sentence}"
     return click.wrap_text(

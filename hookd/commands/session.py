@@ -297,10 +297,12 @@ def print_table(rows: Iterable[Sequence[Any]], header: Sequence[str], empty: str
 
 def print_fields(fields: Mapping[str, Any]) -> None:
     """Print names and values, one a line; what is None is left out."""
+    from hookd.commands.drawing import printable  # noqa: PLC0415 - not for --help
+
     said = {k: v for k, v in fields.items() if v is not None and v != []}
     width = max(map(len, said), default=0)
     for name, value in said.items():
-        click.echo(f"{name.replace('_', ' ').ljust(width)}  {shown(value)}")
+        click.echo(f"{name.replace('_', ' ').ljust(width)}  {printable(shown(value))}")
 
 
 def shown(value: Any) -> str:

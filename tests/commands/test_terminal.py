@@ -31,7 +31,7 @@ from hookd.commands.session import Failed
 from hookd.postgres.lookup import endpoint_named, event_named
 from hookd.postgres.registry import NotPossible
 from tests.cli import Cli
-from tests.producing import add_endpoint_with_id, send
+from tests.producing import add_endpoint_with_id, fetch, send
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -205,6 +205,8 @@ def test_tables_fit(width: int) -> None:
     assert "…" in lines[1] or width == 300
     assert len({line.find("active") for line in lines if "active" in line} | {lines[0].find("STATE")}) == 1
     # where it is no terminal nothing is cut
+    (_, line) = table([("2026-11-25 01:02:03", "x" * 200)], ("at", "what"), 40)
+    assert re.fullmatch(r"11-25 01:02:03  x{8}…x{15}", line.text)
     assert rows[0][4] in table(rows, ("id", "tenant", "state", "types", "url"), None)[1].text
 
 
@@ -305,3 +307,28 @@ def test_demo_tells_its_story(tmp_path: Path) -> None:
     assert len(re.findall(r"order \d +gone .*dead letter", said)) == 3
     assert re.search(r"^gone +0 +3 +\d +disabled$", said, re.MULTILINE)
     assert "\x1b" not in said
+
+
+def test_answers_do_not_play_with_the_terminal(dsn: str, tmp_path: Path) -> None:
+    cli_ = Cli(dsn, tmp_path)
+    _, endpoint = asyncio.run(add_endpoint_with_id(dsn, "http://127.0.0.1:9009/"))
+    event = asyncio.run(send(dsn))
+    asyncio.run(
+        fetch(
+            dsn,
+            """insert into hookd.attempt (at, delivery_id, event_id, endpoint, attempt, verdict, outcome, reason, answer_headers, answer_body)
+               select now(), d.id, d.event_id, d.endpoint, 1, 'exhausted', 'malformed', E'\\x1b[2Jr', E'x: \\x1b]0;h\\x07', E'b\\x1b[31m\\nc\\u009b1m'
+                 from hookd.delivery d""",
+        )
+    )
+    asyncio.run(fetch(dsn, "delete from hookd.delivery"))
+    for arguments in (
+        ("attempts",),
+        ("attempts", "--full"),
+        ("event", "show", event),
+        ("explain", event),
+        ("tail", "--no-follow"),
+    ):
+        said = cli_.ok(*arguments)
+        assert "[2Jr" in said or "[31m" in said or str(endpoint) in said
+        assert all(c.isprintable() or c == "\n" for c in said), arguments
