@@ -69,27 +69,39 @@ MATCHING = """
 
 # The transaction of a row, in 64 bits: the one that is nearest to the snapshot's end ($7).  Then: not shown by the earlier
 # snapshot (its end $6, and what was under way then), and shown by the present one.
-NEW = """
-  from (select a.*, $7::bigint + 2147483648 - (($7::bigint + 2147483648 - a.xmin::text::bigint) & 4294967295) as xid
-          from hookd.attempt a
-         where a.at >= $10::timestamptz) a
-"""
+XID = "$7::bigint + 2147483648 - (($7::bigint + 2147483648 - a.xmin::text::bigint) & 4294967295) as xid"
 
 BETWEEN = """
    and (a.xid >= $6::bigint or a.xid = any($8::bigint[]))
    and a.xid < $7::bigint and a.xid <> all($9::bigint[])
 """
 
-AFTER = f"""
-{ROWS}{NEW}{MATCHING}{BETWEEN}
-   and (a.at, a.delivery_id, a.attempt) > ($10::timestamptz, $11::bigint, $12::smallint)
+# The same where the transactions between the two are few enough to be named: a million rows are looked through in 0.5 s, where
+# the arithmetic of BETWEEN took 2 to 3 s.
+NAMED = "and a.xmin = any($6::xid[])"
+
+NAMED_MOST = 100_000
+
+
+def _after(source: str, condition: str, first: int) -> str:
+    """A page of what came after a place, whose parameters begin at ``first``."""
+    at, delivery, attempt = (f"${first + n}" for n in range(3))
+    return f"""
+{ROWS}
+  from ({source} where a.at >= {at}::timestamptz {condition}) a
+{MATCHING}{BETWEEN if condition == "" else ""}
+   and (a.at, a.delivery_id, a.attempt) > ({at}::timestamptz, {delivery}::bigint, {attempt}::smallint)
  order by a.at, a.delivery_id, a.attempt
  limit {PAGE}
 """
 
+
+AFTER = _after(f"select a.*, {XID} from hookd.attempt a", "", 10)
+AFTER_NAMED = _after("select a.* from hookd.attempt a", NAMED, 7)
+
 LAST = f"""
 {ROWS}
-  from (select a.*, $7::bigint + 2147483648 - (($7::bigint + 2147483648 - a.xmin::text::bigint) & 4294967295) as xid
+  from (select a.*, {XID}
           from hookd.attempt a
          where $2::uuid is null or a.event_id = $2
          order by a.at desc
@@ -130,6 +142,14 @@ class Snapshot:
         _, end, under_way = text.split(":")
         return cls(int(end), [int(xid) for xid in under_way.split(",") if xid])
 
+    def until(self, later: Snapshot) -> list[int] | None:
+        """Which transactions ended between the two, as ``xmin`` has them; None where they are too many to be named."""
+        if not 0 <= self.end >= later.end - NAMED_MOST:
+            return None
+        still = set(later.under_way)
+        ended = {*range(self.end, later.end), *self.under_way} - still
+        return [xid & 0xFFFFFFFF for xid in ended]
+
 
 EVERYTHING = Snapshot(-1, [])
 """As an earlier snapshot: what it did not show is all."""
@@ -160,7 +180,7 @@ class Tail:
         now, _ = await self._look()
         found: list[dict[str, Any]] = []
         if count:
-            found = await self._fetch(LAST, EVERYTHING, now, count)
+            found = await self._fetch(LAST, *_bounds(EVERYTHING, now), count)
         self._seen = now
         return found[::-1]
 
@@ -210,18 +230,25 @@ class Tail:
         self, seen: Snapshot, now: Snapshot, began: datetime.datetime
     ) -> AsyncIterator[list[dict[str, Any]]]:
         place: tuple[Any, ...] = (began, -1, -1)
-        while True:
-            page = await self._fetch(AFTER, seen, now, *place)
+        ended = seen.until(now)
+        while ended is None or ended:
+            if ended is None:
+                page = await self._fetch(AFTER, *_bounds(seen, now), *place)
+            else:
+                page = await self._fetch(AFTER_NAMED, ended, *place)
             if page:
                 yield page
             if len(page) < PAGE:
                 return
             place = (page[-1]["at"], page[-1]["delivery_id"], page[-1]["attempt"])
 
-    async def _fetch(self, sql: str, seen: Snapshot, now: Snapshot, *more: Any) -> list[dict[str, Any]]:
+    async def _fetch(self, sql: str, *arguments: Any) -> list[dict[str, Any]]:
         async with self.connection.transaction():
             await self.connection.execute(PIN_PLANS)
-            rows = await self.connection.fetch(
-                sql, *self._choice.arguments(), seen.end, now.end, seen.under_way, now.under_way, *more
-            )
+            rows = await self.connection.fetch(sql, *self._choice.arguments(), *arguments)
         return [dict(row) for row in rows]
+
+
+def _bounds(seen: Snapshot, now: Snapshot) -> tuple[Any, ...]:
+    """What ``BETWEEN`` takes."""
+    return (seen.end, now.end, seen.under_way, now.under_way)

@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 
 from hookd.commands.tail import line_of
-from hookd.postgres.tail import NO_DAEMON_S, Choice, Tail
+from hookd.postgres.tail import NAMED_MOST, NO_DAEMON_S, Choice, Tail
 from tests.cli import Cli
 from tests.producing import add_endpoint_with_id, fetch, send, wait_for_row
 from tests.receiver import Receiver, always, answer
@@ -93,8 +93,12 @@ def test_without_a_claim_only_the_last_minute_is_read(dsn: str) -> None:
     asyncio.run(go())
 
 
-def test_nothing_is_missing_while_many_write(dsn: str) -> None:
-    """Transactions that overlap in every way, attempts dated long before their commit."""
+@pytest.mark.parametrize("named_most", [NAMED_MOST, -1])
+def test_nothing_is_missing_while_many_write(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, named_most: int
+) -> None:
+    """Transactions that overlap in every way, attempts dated long before their commit; by either condition."""
+    monkeypatch.setattr("hookd.postgres.tail.NAMED_MOST", named_most)
     writers, each = 6, 40
     seen: list[int] = []
 
