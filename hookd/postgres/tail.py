@@ -3,7 +3,8 @@ The attempt log as it grows: each row once, none left out.
 
 An attempt is dated by when it began and committed when its batch is, so a cursor over ``at`` would step past every slow
 one.  What is new since the last look is what the snapshot of then did not show and the snapshot of now does: rows carry
-the transaction that inserted them (``xmin``, 32 bits, widened here by the snapshot's own 64).  No column and no index is
+the transaction that inserted them (``xmin``, 32 bits, widened here by the snapshot's own 64; the owner writes attempts outside
+of savepoints, whose ids snapshots do not tell of).  No column and no index is
 needed for it, only a bound on how far back to look.  That bound is exact too: every daemon says each second since when it
 has attempts that are not committed (``unsettled_since`` in its summary).  What was uncommitted at the last look began
 after that, so the rows looked through are those of the slowest exchange under way, whatever the log holds.
