@@ -1,5 +1,5 @@
 """
-What the shell is offered for ids, types and tenants: the newest ones in the database.
+Ids, types and tenants on the command line, and what the shell is offered for them: the newest ones in the database.
 
 Asked at a press of TAB: it is quick or silent, starts no server and changes nothing.
 """
@@ -8,25 +8,53 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import click
 from click.shell_completion import CompletionItem
-
-if TYPE_CHECKING:
-    import click
 
 WAIT_S = 1.5
 """Nobody waits longer for a completion."""
 
 
-def endpoints(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Ids of endpoints, with their URLs."""
-    return _offered(ctx, "endpoints", incomplete)
+class Id(click.ParamType[str]):
+    """An id, or its beginning: refused before anybody is asked where it can be none, completed from the database."""
+
+    name = "id"
+
+    def __init__(self, kind: str, *, numbers: bool = False) -> None:
+        """``kind`` is ``endpoint`` or ``event``; with ``numbers`` a delivery's number does as well."""
+        self._kind = kind
+        self._numbers = numbers
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> str:
+        """
+        What was typed, as it was typed.
+
+        Raises:
+            Failed: it can be no id.
+        """
+        from hookd.commands.session import Failed  # noqa: PLC0415 - not for --help
+        from hookd.postgres.lookup import letters_of  # noqa: PLC0415
+
+        text = str(value)
+        if not (self._numbers and text.isdigit()):
+            try:
+                letters_of(text, self._kind)
+            except ValueError as problem:
+                raise Failed(str(problem), 2) from None
+        return text
+
+    def shell_complete(
+        self, ctx: click.Context, _param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The newest ones, with what they are."""
+        return _offered(ctx, f"{self._kind}s", incomplete)
 
 
-def events(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Ids of the newest events, with their types."""
-    return _offered(ctx, "events", incomplete)
+ENDPOINT_ID = Id("endpoint")
+EVENT_ID = Id("event")
+EVENT_OR_DELIVERY = Id("event", numbers=True)
 
 
 def types(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

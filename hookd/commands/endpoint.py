@@ -233,7 +233,7 @@ def _simple(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @options
 @click.pass_obj
 def show(invocation: Invocation, endpoint_id: str) -> None:
@@ -244,7 +244,7 @@ def show(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--url", help="Another URL; what is pending goes there too.")
 @click.option("--clear", multiple=True, type=click.Choice(["filter", "format", "rate", "concurrency", "description", "headers"]), help="Back to none; may be repeated.")  # fmt: skip
 @_settings
@@ -280,7 +280,7 @@ def update(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--reason", help="For people.")
 @options
 @click.pass_obj
@@ -292,7 +292,7 @@ def pause(invocation: Invocation, endpoint_id: str, reason: str | None) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--missed", type=click.Choice(["all", "latest", "none"]), default="none", show_default=True, help="What a disabled endpoint gets of what it missed.")  # fmt: skip
 @options
 @click.pass_obj
@@ -321,7 +321,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @options
 @click.pass_obj
 def remove(invocation: Invocation, endpoint_id: str) -> None:
@@ -332,7 +332,7 @@ def remove(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--overlap", default="1d", show_default=True, help="How long the old secret signs too.")
 @_secret_options
 @options
@@ -368,7 +368,7 @@ def rotate(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--trust", is_flag=True, help="Take it for verified without asking it.")
 @options
 @click.pass_obj
@@ -425,7 +425,7 @@ def check(invocation: Invocation, url: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID", shell_complete=completing.endpoints)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--type", "type_", default="hookd.test", show_default=True, help="The event's type.")
 @click.option("--data", default='{"test": true}', show_default=True, help="The payload, JSON.")
 @options

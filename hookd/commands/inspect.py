@@ -52,7 +52,7 @@ def event() -> None:
 )
 @click.option("--since", metavar="TIME", help="2h (ago), or a time.")
 @click.option("--until", metavar="TIME", help="Before then.")
-@click.option("--before", metavar="ID", help="The page after this event.")
+@click.option("--before", metavar="ID", type=completing.EVENT_ID, help="The page after this event.")
 @click.option(
     "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="No more than so many."
 )
@@ -85,7 +85,7 @@ def list_events(
 
 
 @event.command(name="show")
-@click.argument("event_id", metavar="ID", shell_complete=completing.events)
+@click.argument("event_id", metavar="ID", type=completing.EVENT_ID)
 @options
 @click.pass_obj
 def show_event(invocation: Invocation, event_id: str) -> None:
@@ -115,14 +115,12 @@ def show_event(invocation: Invocation, event_id: str) -> None:
 
 
 @click.command()
-@click.option(
-    "--event", "event_id", metavar="ID", shell_complete=completing.events, help="Of this event only."
-)
+@click.option("--event", "event_id", metavar="ID", type=completing.EVENT_ID, help="Of this event only.")
 @click.option(
     "--endpoint",
     "endpoint_id",
     metavar="ID",
-    shell_complete=completing.endpoints,
+    type=completing.ENDPOINT_ID,
     help="Of this endpoint only.",
 )
 @click.option(
@@ -191,7 +189,7 @@ def _print_attempt(row: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("id_", metavar="ID", shell_complete=completing.events)
+@click.argument("id_", metavar="ID", type=completing.EVENT_OR_DELIVERY)
 @options
 @click.pass_obj
 def explain(invocation: Invocation, id_: str) -> None:

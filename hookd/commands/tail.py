@@ -79,12 +79,10 @@ class _Outcome(click.ParamType[str]):
     "--endpoint",
     "endpoint_id",
     metavar="ID",
-    shell_complete=completing.endpoints,
+    type=completing.ENDPOINT_ID,
     help="Of this endpoint only.",
 )
-@click.option(
-    "--event", "event_id", metavar="ID", shell_complete=completing.events, help="Of this event only."
-)
+@click.option("--event", "event_id", metavar="ID", type=completing.EVENT_ID, help="Of this event only.")
 @click.option(
     "--type",
     "type_",

@@ -59,6 +59,21 @@ select distinct e.tenant as value, null as help from hookd.endpoint e
 KINDS = {"endpoint": ENDPOINTS, "event": EVENTS}
 
 
+def letters_of(text: str, kind: str) -> str:
+    """
+    The hexadecimal digits of an id, or of its beginning.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    letters = text.replace("-", "").lower()
+    if not BEGINNING.fullmatch(letters):
+        raise ValueError(
+            f"{text!r} is no {kind} id; it looks like 01890a5d-ac96-774b-bcce-b302099a8057 (or its beginning)"
+        )
+    return letters
+
+
 async def endpoint_named(connection: asyncpg.Connection, text: str) -> UUID:
     """
     The endpoint that is meant.
@@ -94,11 +109,7 @@ async def offered(connection: asyncpg.Connection, kind: str, beginning: str) -> 
 
 
 async def _named(connection: asyncpg.Connection, text: str, kind: str) -> UUID:
-    letters = text.replace("-", "").lower()
-    if not BEGINNING.fullmatch(letters):
-        raise ValueError(
-            f"{text!r} is no {kind} id; it looks like 01890a5d-ac96-774b-bcce-b302099a8057 (or its beginning)"
-        )
+    letters = letters_of(text, kind)
     whole = len(letters) == 32
     if whole and kind == "event":
         return UUID(letters)
