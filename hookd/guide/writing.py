@@ -17,6 +17,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from hookd.config import ASK_AGAIN_SHARE
 from hookd.core.model import BodyFormat
 from hookd.core.words import span
 from hookd.guide.catalogue import types_of
@@ -120,6 +121,7 @@ def _values(config: Config, catalogue: Catalogue, *, for_everybody: bool) -> dic
         "retries": _retries(retry.schedule, retry.jitter),
         "schedule": _schedule(retry.schedule),
         "disable_after": length(retry.disable_after),
+        "asked_again": length(retry.disable_after * ASK_AGAIN_SHARE),
         "thin": thin,
         "thin_url": json.dumps(fetched)[1:-1] if thin else "",
         "contact": prose(head.contact),
