@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.inspect import find
-from hookd.commands.session import Failed, moment, options, print_json, uuid_of, with_connection
+from hookd.commands.session import Failed, endpoint_of, event_of, moment, options, print_json, with_connection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,15 +28,15 @@ ASK_ABOVE = 100
 
 
 @click.command()
-@click.option("--event", metavar="ID")
-@click.option("--endpoint", metavar="ID")
-@click.option("--tenant")
+@click.option("--event", metavar="ID", type=completing.EVENT_ID, help="Of this event only.")
+@click.option("--endpoint", metavar="ID", type=completing.ENDPOINT_ID, help="Of this endpoint only.")
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
 @click.option(
     "--type", "types", multiple=True, metavar="PATTERN", help="user.created or user.*; may be repeated."
 )
 @click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event.")  # fmt: skip
 @click.option("--since", metavar="TIME", help="Events from 2h (ago), or from a time.")
-@click.option("--until", metavar="TIME")
+@click.option("--until", metavar="TIME", help="Events before then.")
 @click.option(
     "--where",
     metavar="SQL",
@@ -99,8 +100,6 @@ def _selection(given: dict[str, Any], *, missing: bool) -> dict[str, Any]:
         raise Failed("--missing goes with --endpoint, --type, --since and --until, and nothing else", 2)
     everything = given["event"] or given["where"] is not None
     return given | {
-        "event": uuid_of(given["event"], "event id") if given["event"] else None,
-        "endpoint": uuid_of(given["endpoint"], "endpoint id") if given["endpoint"] else None,
         "since": moment(given["since"]),
         "until": moment(given["until"]),
         "states": given["states"] or (STATES if everything else ("exhausted",)),
@@ -112,6 +111,9 @@ async def _chosen(
 ) -> list[Chosen]:
     from hookd.postgres import history, registry  # noqa: PLC0415 - not for --help
 
+    for name, find_it in (("event", event_of), ("endpoint", endpoint_of)):
+        if selection[name]:
+            selection[name] = await find_it(connection, selection[name])
     if selection["endpoint"] is not None:
         await registry.show(connection, selection["endpoint"])  # says so where there is none
     if missing:
@@ -167,7 +169,7 @@ def _announce(plan: Plan, *, dry_run: bool) -> None:
 
 
 @click.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", type=completing.EVENT_OR_DELIVERY)
 @options
 @click.pass_obj
 def resend(invocation: Invocation, id_: str) -> None:
