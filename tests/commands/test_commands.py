@@ -86,7 +86,7 @@ def test_help_is_quick_and_complete(no_database: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["snd"], 2, "Did you mean one of: 'resend', 'send'?"),
+        (["snd"], 2, "Did you mean one of: 'dsn', 'resend', 'send'?"),
         (["send"], 2, "Missing argument"),
         (["send", "a", "--dta", "x"], 2, "--data"),
         (["send", "a"], 1, "nobody@127.0.0.1:1"),
