@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import asyncpg
 import click
 import structlog
 import uvloop
@@ -20,9 +21,10 @@ from hookd.commands.session import Failed, bring_up_to_date, database_of, option
 from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
 from hookd.keyfile import KeyFileProblem
-from hookd.logs import configure
+from hookd.logs import Outage, configure
 from hookd.net.exchange import check_parts
-from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable
+from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
+from hookd.postgres.pooler import SHARED, check_sessions
 from hookd.systemd import feed_watchdog, notify
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("hookd")
 
 START_RETRY_S = 2.0
+
+START_EXTENDED_US = 60_000_000
 
 DESCRIPTORS_LEAST = 1024
 
@@ -64,9 +68,6 @@ def run(invocation: Invocation) -> None:
 
 
 async def _serve(invocation: Invocation, config: Config, database: Database) -> int:
-    stopped = asyncio.create_task(_prepare(database, config))
-    await stopped
-
     def reload() -> Config | None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         # it is applied before the event loop goes on
@@ -96,32 +97,42 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         stack.callback(ready.cancel)
         dog = asyncio.create_task(feed_watchdog())
         stack.callback(dog.cancel)
-        status = await daemon.run()
-        notify("STOPPING=1")
-    return status
+        return await daemon.run(lambda: _prepare(database, config))
 
 
 async def _prepare(database: Database, config: Config) -> None:
     """Reach the database and bring its schema up to date; waits for a server that is away."""
-    waiting = False
-    while True:
+    outage = Outage(time.monotonic)
+    while (problem := await _prepared(database, config)) is not None:
+        again = outage.began(problem)
+        if again is not None:
+            log.error("database cannot be reached; trying again until it can", problem=problem)
+        # it is not hung: systemd must not start it again for this
+        notify(f"EXTEND_TIMEOUT_USEC={START_EXTENDED_US}\nSTATUS=waiting for the database: {problem}")
+        await asyncio.sleep(START_RETRY_S)
+
+
+async def _prepared(database: Database, config: Config) -> str | None:
+    """None if the database is ready for us, else what keeps it from that for now."""
+    try:
+        await check_sessions(lambda: database.connect("start"))
+        connection = await database.connect("start", lasting=True)
         try:
-            connection = await database.connect("start")
-            try:
-                applied = await bring_up_to_date(connection, config)
-            finally:
-                connection.terminate()
-        except DatabaseUnavailable as error:
-            if not waiting:
-                log.exception("database cannot be reached; trying again until it can", problem=str(error))
-                waiting = True
-            await asyncio.sleep(START_RETRY_S)
-            continue
-        except DatabaseRefused as error:
-            raise Failed(str(error)) from None
-        if applied:
-            log.info("schema migrated", applied=applied)
-        return
+            applied = await bring_up_to_date(connection, config)
+        finally:
+            connection.terminate()
+    except DatabaseUnavailable as error:
+        return str(error)
+    except DatabaseRefused as error:
+        raise Failed(str(error), 2 if str(error) == SHARED else 1) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        passing = unavailable(error)
+        if passing is None:
+            raise Failed(f"the database cannot be used: {error}") from None
+        return str(passing)
+    if applied:
+        log.info("schema migrated", applied=applied)
+    return None
 
 
 async def _say_ready(daemon: Daemon, listening: str | None) -> None:

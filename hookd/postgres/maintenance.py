@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres.connect import unavailable
+from hookd.postgres.connect import refused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +59,10 @@ on conflict (id) do update
    set backend = excluded.backend, seen_at = excluded.seen_at, summary = excluded.summary
 """
 
+IMPATIENT = "select set_config('lock_timeout', '1s', false)"
+
+ECHO = "select pg_notify('hookd', $1)"
+
 THIN_KEY = "select key from hookd.thin_key"
 
 # Counted up to a bound: an exact count of a large backlog would cost more than all that is being looked at.
@@ -97,9 +101,17 @@ class Maintenance:
             (PURGE_ENDPOINTS, events_s),
         ):
             status = await self._run(self._connection.execute, statement, age)
-            deleted += int(status.rpartition(" ")[2])
+            deleted += int(status.rpartition(" ")[2]) if status else 0
         await self._run(self._connection.execute, PURGE_NODES)
         return deleted
+
+    async def prepare(self) -> None:
+        """Wait for no lock for long: others wait for this connection."""
+        await self._run(self._connection.execute, IMPATIENT)
+
+    async def echo(self, payload: str) -> None:
+        """Notify the listeners."""
+        await self._run(self._connection.execute, ECHO, payload)
 
     async def set(self, settings: Mapping[str, str]) -> None:
         """Tell the database what it has to know of the configuration."""
@@ -113,9 +125,15 @@ class Maintenance:
         """What signs the URLs of thin events."""
         return bytes(await self._run(self._connection.fetchval, THIN_KEY))
 
-    async def depth(self) -> dict[str, float]:
-        """How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is."""
+    async def depth(self) -> dict[str, float] | None:
+        """
+        How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is.
+
+        None: somebody has locked the queue.
+        """
         row = await self._run(self._connection.fetchrow, DEPTH)
+        if row is None:
+            return None
         return {name: float(value or 0) for name, value in row.items()}
 
     async def withdraw(self, node: str) -> None:
@@ -127,18 +145,18 @@ class Maintenance:
         self._connection.terminate()
 
     async def _locked(self, statement: str, *args: Any) -> str | None:
-        try:
-            name = await self._run(self._connection.fetchval, statement, *args)
-        except asyncpg.LockNotAvailableError:
-            return None
+        name = await self._run(self._connection.fetchval, statement, *args)
         return None if name is None else str(name)
 
     async def _run(self, call: Any, *args: Any) -> Any:
+        """What it returns; None where a lock was not to be had."""
         async with self._turn:
             try:
                 return await call(*args, timeout=TIMEOUT_S)
+            except asyncpg.LockNotAvailableError:
+                return None
             except Exception as error:
-                problem = unavailable(error)
+                problem = refused(error)
                 if problem is not None:
                     raise problem from error
                 raise
