@@ -79,6 +79,9 @@ STUCK_READ_S = 5.0
 STALLED_S = 2.0
 """From when nothing starting is worth a line, and the daemon is not ready."""
 
+CLOCK_STEP_S = 1.0
+"""From when a step of the wall clock is worth a line; one that is slewed moves less between two looks."""
+
 WRITE_S = 5.0
 """On SIGTERM, for writing the last results, where the grace is over."""
 
@@ -108,6 +111,10 @@ GC_THRESHOLDS = (50_000, 20, 50)
 
 SAY_AGAIN_S = 60.0
 """How often a fault that goes on is logged."""
+
+
+FAULT_S = 5.0
+"""For so long after it was met a fault of ours is shown: what it holds is tried again every second or two."""
 
 
 @dataclass(slots=True)
@@ -149,8 +156,11 @@ class Daemon:
         self._outage = Outage(self._clock.mono)
         self._stall = ""
         self._stalled_mono = 0.0
+        self._wall_offset = self._clock.wall() - self._clock.mono()
         self._stall_said = self._deaf = False
         self._thin_key = b""
+        self._faults: dict[str, float] = {}
+        """Those of ours, and when they were met last."""
         self._said_mono: dict[str, float] = {}
         """When a fault of ours was last spoken of; the faults are few."""
         self._unreadable_said: set[str] = set()
@@ -282,17 +292,19 @@ class Daemon:
         delay = RECONNECT_FIRST_S
         while True:
             begun = self._clock.mono()
-            problem, fault = "", None
+            problem, fault, refused = "", None, False
             try:
                 await self._tenure()
-            except* (DatabaseUnavailable, DatabaseRefused) as group:
+            except* DatabaseUnavailable as group:
                 problem = _first(group)
+            except* DatabaseRefused as group:
+                problem, refused = _first(group), True
             except* Exception as group:  # noqa: BLE001 - it is said, and the next session begins anew
                 problem, fault = _first(group), group
             self.ready.clear()
             self._stall = ""
             self._stall_said = False
-            self._say_lost(problem, fault)
+            self._say_lost(problem, fault, refused=refused)
             self.dispatcher.forget_all()
             lasted = self._clock.mono() - begun
             delay = RECONNECT_FIRST_S if lasted > STEADY_S else min(RECONNECT_MOST_S, delay * 2)
@@ -397,6 +409,7 @@ class Daemon:
             await asyncio.sleep(LOOK_S)
             await owner.probe()
             self._look_for_stalls()
+            self._look_at_the_clock()
             self._say_unreadable()
             held_back = self._throttle.taken()
             if held_back:
@@ -560,6 +573,11 @@ class Daemon:
         """Endpoints whose secrets cannot be read, and why: their deliveries wait."""
         return self.tenure.queue.unreadable if self.tenure is not None else {}
 
+    def faults(self) -> list[str]:
+        """Why deliveries are held that no receiver is to blame for, as of the last seconds."""
+        since = self._clock.mono() - FAULT_S
+        return [problem for problem, at in self._faults.items() if at > since]
+
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
         known = ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle")
@@ -583,6 +601,7 @@ class Daemon:
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),
                 "stalled": self.dispatcher.stalled(),
+                "faults": self.faults(),
                 "unreadable": {str(i): why for i, why in islice(self.unreadable().items(), UNREADABLE_SHOWN)},
                 "verdicts": self.dispatcher.counts.verdicts,
                 "at": self._clock.wall(),
@@ -630,14 +649,24 @@ class Daemon:
             self._stall_said = False
             log.info("deliveries go on", after_s=round(lasted_s, 1))
 
-    def _say_lost(self, problem: str, fault: BaseException | None) -> None:
-        again = self._outage.began(problem)
+    def _look_at_the_clock(self) -> None:
+        """Nothing here depends on it but what others read: the times of signatures and attempts."""
+        offset = self._clock.wall() - self._clock.mono()
+        moved = offset - self._wall_offset
+        self._wall_offset = offset
+        if abs(moved) > CLOCK_STEP_S:
+            log.warning("the clock of this machine was set", by_s=round(moved, 1))
+
+    def _say_lost(self, problem: str, fault: BaseException | None, *, refused: bool) -> None:
+        again = self._outage.began(problem, refused=refused)
         if again is None:
             return
         notify(f"STATUS=database lost: {problem}")
         about: dict[str, Any] = {"problem": problem, "unwritten": len(self.recorder.unwritten())}
         if fault is not None:
             log.error("internal error; the session starts over", exc_info=fault, **about)
+        elif refused:
+            log.error("database cannot be used like this; trying again until it can", **about)
         elif again:
             log.error("database is still away", **self._outage.lasts(), **about)
         else:
@@ -694,6 +723,7 @@ class Daemon:
 
     def _held_back(self, problem: str) -> None:
         now = self._clock.mono()
+        self._faults[problem] = now
         if now - self._said_mono.get(problem, -SAY_AGAIN_S) >= SAY_AGAIN_S:
             self._said_mono[problem] = now
             log.warning("deliveries are held, and use up no attempt", problem=problem)

@@ -58,18 +58,25 @@ class Outage:
         self._mono = mono
         self._since = self._said = 0.0
         self._times = 0
+        self._refusal = ""
         self.problem = ""
         """The last one; empty outside an outage."""
 
-    def began(self, problem: str) -> bool | None:
-        """It was lost, or is still: None if that need not be said, else whether it was said before."""
+    def began(self, problem: str, *, refused: bool = False) -> bool | None:
+        """
+        It was lost, or is still: None if that need not be said, else whether it was said before.
+
+        That it is there and refuses us is said at once: it needs somebody who does something.
+        """
         now = self._mono()
         again = bool(self.problem)
+        news = refused and problem != self._refusal
         self.problem = problem or "unknown"
+        self._refusal = problem if refused else self._refusal
         if not again:
             self._since, self._times = now, 0
         self._times += 1
-        if again and now - self._said < AGAIN_S:
+        if again and not news and now - self._said < AGAIN_S:
             return None
         self._said = now
         return again
@@ -80,7 +87,7 @@ class Outage:
 
     def over(self) -> dict[str, float]:
         """It is over; what ``lasts`` said last."""
-        self.problem = ""
+        self.problem = self._refusal = ""
         return self.lasts()
 
 

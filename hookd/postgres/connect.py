@@ -310,6 +310,8 @@ def read_password(path: str) -> str:
 def _problem(error: BaseException) -> str:
     if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
         return "it is read-only (a standby, or default_transaction_read_only)"
+    if isinstance(error, asyncpg.LockNotAvailableError):
+        return "somebody has locked a table of hookd's (pg_locks says who)"
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer in time"
     return _first_line(error)

@@ -43,6 +43,9 @@ TRUST_S = 2.0
 
 STATEMENT_TIMEOUT_S = 30.0
 
+LOOK_TIMEOUT_S = 5.0
+"""No table's lock keeps a server from looking at its locks: one that takes longer hangs."""
+
 MEMBER_LOCK_CLASS = SHARD_LOCK_CLASS + 1
 """Of the lock that every daemon shares, so that they find each other."""
 
@@ -218,7 +221,9 @@ class OwnerSession:
 
     async def look(self) -> View:
         """Who is there, and who owns what."""
-        rows = await self._run(self._connection.fetch, LOOK, SHARD_LOCK_CLASS, MEMBER_LOCK_CLASS)
+        rows = await self._run(
+            self._connection.fetch, LOOK, SHARD_LOCK_CLASS, MEMBER_LOCK_CLASS, timeout=LOOK_TIMEOUT_S
+        )
         me = self.backend
         return View(
             members=tuple(sorted(row["pid"] for row in rows if row["member"])),
