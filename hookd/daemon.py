@@ -130,9 +130,17 @@ class Tenure:
 class Daemon:
     """All parts of one process."""
 
-    def __init__(self, config: Config, database: Database, reload: Callable[[], Config | None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        reload: Callable[[], Config | None],
+        connections_most: int | None = None,
+    ) -> None:
         """
         ``reload`` reads the configuration again; None when it is bad, which it has said already.
+
+        ``connections_most`` to receivers are open at once, idle ones too; None: as many as there are.
 
         Raises:
             KeyFileProblem: security.master_key_file cannot be used.
@@ -166,9 +174,8 @@ class Daemon:
         self._unreadable_said: set[str] = set()
         self._telling: asyncio.Task[None] | None = None
         self.rules = self._address_rules()
-        self.lanes = Lanes(
-            config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
-        )
+        self._connections_most = connections_most
+        self.lanes = Lanes(config.default_limits(), config.host_limits(), max_in_flight=self._at_once())
         self.resolver = (
             ByProxy()
             if config.network.proxy_resolves
@@ -182,6 +189,7 @@ class Daemon:
             mono=self._clock.mono,
             context=tls_context(config.network.ca_file),
             proxy=config.egress_proxy(),
+            connections_most=connections_most,
         )
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
         self.dispatcher = Dispatcher(
@@ -192,7 +200,7 @@ class Daemon:
             config.retry_policy(),
             self._clock,
             self._dice,
-            max_in_flight=config.delivery.max_in_flight,
+            max_in_flight=self._at_once(),
             vouched=self._vouched,
             room=self._room,
             report=self._reported,
@@ -496,10 +504,10 @@ class Daemon:
         self.lanes.reconfigure(
             config.default_limits(),
             config.host_limits(),
-            max_in_flight=config.delivery.max_in_flight,
+            max_in_flight=self._at_once(),
             now=self._clock.mono(),
         )
-        self.dispatcher.renew(config.retry_policy(), config.delivery.max_in_flight)
+        self.dispatcher.renew(config.retry_policy(), self._at_once())
         log.info("configuration applied")
 
     async def _tell_settings(self, maintenance: Maintenance) -> None:
@@ -535,6 +543,11 @@ class Daemon:
         while True:
             await asyncio.sleep(OWN_ADDRESSES_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
             self._renew_rules()
+
+    def _at_once(self) -> int:
+        """Exchanges at once: as configured, or as many as there may be connections."""
+        wanted = self.config.delivery.max_in_flight
+        return wanted if self._connections_most is None else min(wanted, self._connections_most)
 
     def _options(self) -> ExchangeOptions:
         delivery = self.config.delivery

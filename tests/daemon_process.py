@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 START_DEADLINE_S = 60.0
@@ -26,12 +26,13 @@ DEFAULTS = {
 class DaemonProcess:
     """``hookd run``, and what it said."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
+        """``prefix`` is a command that runs the daemon: in a network of its own, or with other limits."""
         # appended to: the daemon shares the offset that log() moves, and would write over what it has said
         self._said = (folder / f"daemon-{time.monotonic_ns()}.log").open("a+", encoding="utf-8")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HOOKD_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hookd", "run"],
+            [*prefix, sys.executable, "-m", "hookd", "run"],
             env=inherited | DEFAULTS | environment,
             cwd=folder,
             stdout=subprocess.DEVNULL,

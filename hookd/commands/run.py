@@ -40,6 +40,9 @@ START_EXTENDED_US = 60_000_000
 
 DESCRIPTORS_LEAST = 1024
 
+DESCRIPTORS_KEPT = 64
+"""Not for receivers: PostgreSQL, name servers, the console and the probes must not starve for them."""
+
 
 @click.command()
 @options
@@ -57,17 +60,17 @@ def run(invocation: Invocation) -> None:
     problems = check_parts()
     if problems:
         raise Failed("; ".join(problems))
-    _raise_descriptors(config)
+    descriptors = _raise_descriptors(config)
     with database_of(config) as database:
         if config.database.dsn == "embedded":
             log.warning(
                 "embedded PostgreSQL is for trying out, not for production", server=database.described
             )
-        status = uvloop.run(_serve(invocation, config, database))
+        status = uvloop.run(_serve(invocation, config, database, descriptors))
     sys.exit(status)
 
 
-async def _serve(invocation: Invocation, config: Config, database: Database) -> int:
+async def _serve(invocation: Invocation, config: Config, database: Database, descriptors: int | None) -> int:
     def reload() -> Config | None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         # it is applied before the event loop goes on
@@ -84,7 +87,8 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         return fresh
 
     try:
-        daemon = Daemon(config, database, reload)
+        most = None if descriptors is None else max(1, descriptors - DESCRIPTORS_KEPT)
+        daemon = Daemon(config, database, reload, most)
     except KeyFileProblem as problem:
         raise Failed(f"security.master_key_file: {problem}", 2) from None
     if not daemon.keyring.keys:
@@ -142,8 +146,8 @@ async def _say_ready(daemon: Daemon, listening: str | None) -> None:
     notify("READY=1")
 
 
-def _raise_descriptors(config: Config) -> None:
-    """Use all descriptors that the system allows: one a connection, idle ones too."""
+def _raise_descriptors(config: Config) -> int | None:
+    """Use all descriptors that the system allows: one a connection, idle ones too.  Returns how many; None: no limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * config.delivery.max_in_flight + DESCRIPTORS_LEAST
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -151,7 +155,12 @@ def _raise_descriptors(config: Config) -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
-    if soft != resource.RLIM_INFINITY and soft < config.delivery.max_in_flight + 64:
+    if soft == resource.RLIM_INFINITY:
+        return None
+    if soft < config.delivery.max_in_flight + DESCRIPTORS_KEPT:
         log.warning(
-            "fewer file descriptors than delivery.max_in_flight needs", descriptors=soft, needed=wanted
+            "fewer file descriptors than delivery.max_in_flight needs: fewer exchanges are made at once",
+            descriptors=soft,
+            needed=config.delivery.max_in_flight + DESCRIPTORS_KEPT,
         )
+    return soft

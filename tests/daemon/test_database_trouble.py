@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
@@ -29,6 +28,7 @@ from tests.wire import Wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 LOSE = """
 select pg_terminate_backend(pid) from pg_stat_activity
@@ -108,7 +108,7 @@ class Load:
     async def _run(self) -> None:
         while True:
             try:
-                connection = await asyncpg.connect(self._dsn, timeout=2, target_session_attrs="read-write")
+                connection = await asyncpg.connect(f"{self._dsn}&target_session_attrs=read-write", timeout=2)
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError):
                 await asyncio.sleep(0.05)
                 continue
