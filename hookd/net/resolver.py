@@ -171,6 +171,9 @@ class Resolver:
         if not await asyncio.shield(self._listening) and not self._silent:
             self._silent = True
             self._waiting = asyncio.create_task(self._wait_for_a_sign())
+            for task in self._asking.values():
+                if task is not asyncio.current_task():
+                    task.cancel()  # it would wait on into the time when they answer again
         return self._silent
 
     async def close(self) -> None:
@@ -205,6 +208,15 @@ class Resolver:
         return await asyncio.shield(task)
 
     async def _ask(self, host: str) -> _Answer:
+        try:
+            return await self._asked(host)
+        except asyncio.CancelledError:
+            if not self._silent:
+                raise
+            self._wanted = host
+            return _Answer((), NO_DNS, 0.0, ours=True)
+
+    async def _asked(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
         addresses = tuple(address for records, _ in found for address, _ in records[:ADDRESSES_MOST])

@@ -76,8 +76,11 @@ async def assert_held(dsn: str, daemon: DaemonProcess, problem: str) -> None:
 
 
 async def assert_nobody_was_blamed(dsn: str, daemon: DaemonProcess, problem: str) -> None:
-    rows = await fetch(dsn, "select count(*) from hookd.attempt where verdict <> 'delivered' or attempt <> 1")
-    assert rows[0]["count"] == 0
+    rows = await fetch(
+        dsn,
+        "select outcome, reason, count(*) from hookd.attempt where verdict <> 'delivered' or attempt <> 1 group by 1, 2",
+    )
+    assert [tuple(r) for r in rows] == []
     rows = await fetch(dsn, "select count(*) from hookd.endpoint where failing_since is not null")
     assert rows[0]["count"] == 0
     assert len([s for s in daemon.said("deliveries are held") if problem in s["problem"]]) == 1
@@ -113,7 +116,7 @@ def test_dns_is_gone(dsn: str, run_daemon: Callable[..., DaemonProcess], how: st
                 mute.close()
             daemon = run_daemon(
                 HOOKD_NETWORK__NAMESERVERS=json.dumps([f"127.0.0.1:{port}"]),
-                HOOKD_DELIVERY__CONNECT_TIMEOUT="1s",
+                HOOKD_DELIVERY__CONNECT_TIMEOUT="3s",
             )
             await asyncio.to_thread(daemon.wait_ready)
             async with Receiver() as named, Receiver() as neighbour:
@@ -282,9 +285,9 @@ def test_everything_times_out(dsn: str, run_daemon: Callable[..., DaemonProcess]
             for receiver in hanging:
                 await add_endpoint(dsn, receiver.url, tenant="hangs")
             await add_endpoint(dsn, neighbour.url, tenant="neighbour")
-            await fetch(dsn, MANY, 500, "hangs")
+            await fetch(dsn, MANY, 100, "hangs")
             await wait_for_row(
-                dsn, "select 1 from hookd.attempt where outcome = 'timeout' having count(*) >= 500"
+                dsn, "select 1 from hookd.attempt where outcome = 'timeout' having count(*) >= 200"
             )
             assert await asyncio.to_thread(healthy, daemon)
             event = await send(dsn, tenant="neighbour")
@@ -295,8 +298,8 @@ def test_everything_times_out(dsn: str, run_daemon: Callable[..., DaemonProcess]
                 """select 1 from hookd.node, jsonb_array_elements(summary -> 'lanes') l
                     where (l ->> 'breaker_open')::boolean having count(*) = 40""",
             )
-            # what was in flight when a lane opened, and its probes; of 20,000
-            assert sum(len(r.calls) for r in hanging) < 40 * 80
+            # what was in flight when a lane opened, and its probes; of 4,000
+            assert sum(len(r.calls) for r in hanging) < 40 * 60
             daemon.signal(signal.SIGTERM)
             assert await asyncio.to_thread(daemon.process.wait, 60) == 0
 

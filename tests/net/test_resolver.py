@@ -282,3 +282,23 @@ async def test_name_servers_that_say_nothing_are_nobodys_fault(
             await asyncio.sleep(0.05)
     assert found.addresses == ("127.0.0.2",)
     assert not await resolver.silent()
+
+
+@with_dns
+async def test_who_waits_when_name_servers_fall_silent_is_told(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """And does not wait on for a look-up of then, when they have long come back."""
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    dns.silent = True
+    resolver = make()
+    waiting = [asyncio.create_task(resolver.resolve("a.example")) for _ in range(3)]
+    while not dns.asked:
+        await asyncio.sleep(0.01)
+    assert await resolver.silent()
+    assert [r.ours for r in await asyncio.gather(*waiting)] == [True] * 3
+    dns.silent = False
+    async with asyncio.timeout(30):
+        while (await resolver.resolve("a.example")).ours:
+            await asyncio.sleep(0.05)
+    assert (await resolver.resolve("a.example")).addresses == ("127.0.0.2",)
