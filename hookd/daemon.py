@@ -70,7 +70,7 @@ OWN_ADDRESSES_EVERY_S = 60.0
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 2.0
 
-STEADY_S = 5.0
+STEADY_S = 3.0
 """A session that lasts for so long ends an outage; what is lost again before that is the same one."""
 
 STUCK_READ_S = 5.0
@@ -88,9 +88,9 @@ WRITE_S = 5.0
 WRITE_AT_ONCE_S = 0.5
 """The same after a second signal."""
 
-ECHO_EVERY_S = 10.0
+ECHO_EVERY_S = 5.0
 
-ECHO_S = 5.0
+ECHO_S = 3.0
 """How long a notification to oneself may take."""
 
 READ_AHEAD = 4

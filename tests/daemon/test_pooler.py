@@ -155,7 +155,7 @@ def test_transaction_mode_is_noticed(server: Cluster, dsn: str, round_robin: boo
 def test_the_daemon_refuses_to_start(server: Cluster, dsn: str, tmp_path: Path, mode: str) -> None:
     with pooler(server, mode) as port:
         shared = behind(dsn, server, port)
-        for command in ("run", "doctor"):
+        for command in ("run", "doctor") if mode == "transaction" else ("run",):
             done = subprocess.run(
                 [sys.executable, "-m", "hookd", command],
                 env={"HOOKD_DATABASE__DSN": shared, "HOOKD_ADMIN__LISTEN": "", "PATH": "/usr/bin:/bin"},
