@@ -593,7 +593,7 @@ class Daemon:
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
-        known = ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle")
+        known = ("ready", "rate", "concurrency", "hold", "machine", "breaker", "endpoint", "share", "idle")
         return dict.fromkeys(known, 0) | self.lanes.states(self._clock.mono())
 
     def statements(self) -> dict[str, int]:

@@ -219,6 +219,8 @@ def _waits_for(lane: Lane) -> tuple[str, bool]:
             return "probe", True
         case "hold":
             return "Retry-After", True
+        case "machine":
+            return "this machine", True
         case "endpoint":
             return "endpoint limits", False
         case "share":

@@ -63,18 +63,28 @@ async def wait_said(daemon: DaemonProcess, event: str) -> dict[str, Any]:
 
 
 async def assert_held(dsn: str, daemon: DaemonProcess, problem: str) -> None:
-    """It is said once and why; nothing was counted against anybody; ``status`` shows it."""
+    """It is said and why; ``status`` shows it, and ``explain`` says it of a delivery."""
     said = await wait_said(daemon, "deliveries are held")
     assert problem in said["problem"]
     await wait_for_row(
         dsn, "select 1 from hookd.node where summary -> 'faults' @> to_jsonb($1::text)", said["problem"]
     )
+    assert f"holds deliveries back: {said['problem']}" in await ask(dsn, "status")
+    # the last one waits longest; between two tries its lane may be trying
+    (row,) = await fetch(dsn, "select max(id) as id from hookd.delivery")
+    async with asyncio.timeout(30):
+        while f"{said['problem']}: nothing goes to its host" not in await ask(dsn, "explain", str(row["id"])):
+            await asyncio.sleep(0.1)
+
+
+async def ask(dsn: str, *arguments: str) -> str:
+    """What a command prints, on one line."""
     shown = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "hookd", "status"],
+        [sys.executable, "-m", "hookd", *arguments],
         env={"HOOKD_DATABASE__DSN": dsn, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert problem in " ".join(shown.stdout.split())
+    return " ".join(shown.stdout.split())
 
 
 async def assert_nobody_was_blamed(dsn: str, daemon: DaemonProcess, problem: str) -> None:
