@@ -19,7 +19,7 @@ from hookd.postgres.pooler import SHARED, check_sessions
 from tests.cluster import Cluster, cluster, free_port
 from tests.daemon.test_many_daemons import wait_for_shares
 from tests.daemon_process import DaemonProcess
-from tests.producing import add_endpoint, send, wait_empty
+from tests.producing import add_endpoint, send, wait_empty, wait_for_row
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
@@ -184,6 +184,12 @@ def test_session_mode_works(server: Cluster, dsn: str, tmp_path: Path) -> None:
             for daemon in daemons:
                 await asyncio.to_thread(daemon.wait_ready)
             await wait_for_shares(dsn, [32, 32])
+            # what `status` counts and `evict` ends are the processes that hold the locks
+            await wait_for_row(
+                dsn,
+                """select 1 from hookd.node n where exists (
+                     select from pg_locks l where l.pid = n.backend and l.locktype = 'advisory') having count(*) = 2""",
+            )
             async with Receiver() as receiver:
                 await add_endpoint(dsn, receiver.url)
                 event = await send(dsn)
