@@ -370,7 +370,7 @@ def test_somebody_locks_the_queue(dsn: str, start_daemon: Callable[..., DaemonPr
             assert before < 3000
             await asyncio.sleep(1)
             assert len(receiver.calls) == before
-            await migration.execute("lock table hookd.delivery in access exclusive mode")
+            await migration.execute("lock table hookd.dead_letter in access exclusive mode")
             # whoever looks is told why, and does not wait for the lock
             said = await asyncio.to_thread(status, dsn)
             assert said.returncode == 1
