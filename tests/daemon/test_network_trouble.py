@@ -50,7 +50,9 @@ def run_daemon(dsn: str, tmp_path: Path) -> Iterator[Callable[..., DaemonProcess
     daemons: list[DaemonProcess] = []
 
     def start(*prefix: str, **environment: str) -> DaemonProcess:
-        daemons.append(DaemonProcess(tmp_path, {"HOOKD_DATABASE__DSN": dsn, **environment}, prefix))
+        # its namespace is entered by way of /proc, where one that keeps its memory private shows nothing
+        settings = {"HOOKD_DATABASE__DSN": dsn, "HOOKD_SECURITY__CORE_DUMPS": "true", **environment}
+        daemons.append(DaemonProcess(tmp_path, settings, prefix))
         return daemons[-1]
 
     yield start
