@@ -102,9 +102,9 @@ class Maintenance:
             (PURGE_IDEMPOTENCY, events_s),
             (PURGE_ENDPOINTS, events_s),
         ):
-            status = await self._run(self._connection.execute, statement, age)
+            status = await self._unless_locked(self._connection.execute, statement, age)
             deleted += int(status.rpartition(" ")[2]) if status else 0
-        await self._run(self._connection.execute, PURGE_NODES)
+        await self._unless_locked(self._connection.execute, PURGE_NODES)
         return deleted
 
     async def prepare(self) -> None:
@@ -121,7 +121,7 @@ class Maintenance:
 
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
-        await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+        await self._unless_locked(self._connection.execute, PUBLISH, node, backend, started_at, summary)
 
     async def note_verified(self, endpoint_id: UUID, url: str) -> None:
         """An endpoint's URL has answered a challenge."""
@@ -137,7 +137,7 @@ class Maintenance:
 
         None: somebody has locked the queue.
         """
-        row = await self._run(self._connection.fetchrow, DEPTH)
+        row = await self._unless_locked(self._connection.fetchrow, DEPTH)
         if row is None:
             return None
         return {name: float(value or 0) for name, value in row.items()}
@@ -151,16 +151,28 @@ class Maintenance:
         self._connection.terminate()
 
     async def _locked(self, statement: str, *args: Any) -> str | None:
-        name = await self._run(self._connection.fetchval, statement, *args)
+        name = await self._unless_locked(self._connection.fetchval, statement, *args)
         return None if name is None else str(name)
 
+    async def _unless_locked(self, call: Any, *args: Any) -> Any:
+        """What it returns; None where a lock was not to be had: it is tried again at the next round."""
+        try:
+            return await self._asked(call, *args)
+        except asyncpg.LockNotAvailableError:
+            return None
+
     async def _run(self, call: Any, *args: Any) -> Any:
-        """What it returns; None where a lock was not to be had."""
+        try:
+            return await self._asked(call, *args)
+        except asyncpg.LockNotAvailableError as error:
+            raise refused(error) or error from error
+
+    async def _asked(self, call: Any, *args: Any) -> Any:
         async with self._turn:
             try:
                 return await call(*args, timeout=TIMEOUT_S)
             except asyncpg.LockNotAvailableError:
-                return None
+                raise
             except Exception as error:
                 problem = refused(error)
                 if problem is not None:

@@ -24,7 +24,7 @@ import pytest
 
 from tests.cluster import Cluster, cluster, free_port
 from tests.daemon_process import DaemonProcess
-from tests.producing import add_endpoint, fetch, send, wait_empty
+from tests.producing import add_endpoint, fetch, send, wait_empty, wait_for_row
 from tests.receiver import OK, Call, Receiver
 from tests.wire import Wire
 
@@ -375,6 +375,10 @@ def test_somebody_locks_the_queue(dsn: str, start_daemon: Callable[..., DaemonPr
             said = await asyncio.to_thread(status, dsn)
             assert said.returncode == 1
             assert "locked" in said.stderr
+            # the upkeep's session does not wait for locks, so that the daemon goes on saying how it is
+            await wait_for_row(
+                dsn, "select 1 from hookd.node where seen_at > $1", datetime.datetime.now(datetime.UTC)
+            )
             await migration.execute("rollback")
             await migration.close()
             await wait_said(daemon, "deliveries go on")
