@@ -276,7 +276,8 @@ def test_there_are_no_ports_left(dsn: str, tmp_path: Path, run_daemon: Callable[
             inside(daemon, "sh", "-c", "until ss -ltn | grep -q :8080; do sleep 0.05; done")
             await add_endpoint(dsn, "http://127.0.0.1:8080/hook")
             await fetch(dsn, MANY, 40, "default")
-            await assert_held(dsn, daemon, "no local ports left")
+            said = await wait_said(daemon, "deliveries are held")
+            assert "no local ports left" in said["problem"]
             await wait_empty(dsn)
             assert len(log.read_text().splitlines()) == 40
         await assert_nobody_was_blamed(dsn, daemon, "no local ports left")
