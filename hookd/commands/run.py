@@ -19,6 +19,7 @@ from hookd.admin.server import AdminServer
 from hookd.commands.session import Failed, bring_up_to_date, database_of, options
 from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
+from hookd.failpoints import FailpointUnknown, arm
 from hookd.keyfile import KeyFileProblem
 from hookd.logs import configure
 from hookd.net.exchange import check_parts
@@ -53,6 +54,7 @@ def run(invocation: Invocation) -> None:
     problems = check_parts()
     if problems:
         raise Failed("; ".join(problems))
+    _arm_failpoints()
     _raise_descriptors(config)
     with database_of(config) as database:
         if config.database.dsn == "embedded":
@@ -129,6 +131,16 @@ async def _say_ready(daemon: Daemon, listening: str | None) -> None:
     shards = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
     log.info("ready", version=__version__, shards=shards, admin=listening or "off", pid=os.getpid())
     notify("READY=1")
+
+
+def _arm_failpoints() -> None:
+    wanted = os.environ.get("HOOKD_FAILPOINT", "")
+    if wanted:
+        try:
+            arm(wanted)
+        except FailpointUnknown as problem:
+            raise Failed(str(problem), 2) from None
+        log.warning("this daemon is told to fail: for tests only", failpoint=wanted)
 
 
 def _raise_descriptors(config: Config) -> None:
