@@ -111,7 +111,7 @@ def test_a_crash_at_each_moment_loses_nothing(dsn: str, start: Callable[[str], D
                 assert not done_before & set(again), moment
                 if second is None:
                     # and what one life sends, it sends once
-                    assert set(again.values()) == {1}, moment
+                    assert set(again.values()) <= {1}, moment
                     in_hand += len(set(again) - done)
             last = start("")
             await asyncio.to_thread(last.wait_ready)
