@@ -48,6 +48,9 @@ ROLLED_BACK = 0.05
 ON_THE_WIRE_S = 1.0
 """So long after a daemon died may the witness read, on connections that it knows, the last requests that it wrote."""
 
+ACCEPTED_S = 0.01
+"""So long may the witness take to accept a connection."""
+
 TRUSTED_S = 2.2
 """So long may a daemon that lives go on after its locks are gone: the 2 s of the fence, and a look."""
 
@@ -501,11 +504,21 @@ class Scene:
                 raise Broken(f"never: {what}")
             await asyncio.sleep(0.01)
 
-    async def first_after(self, moment: float) -> float:
-        """When the first event arrived that was inserted after that moment."""
-        begun = self.producer.begun
+    async def next_owner(self, moment: float, *, another: bool = True) -> float:
+        """
+        When somebody delivered who did not before that moment.
+
+        That is an event that was inserted after it, or a request on a connection that was made after it: the last ones that a
+        dead daemon made were accepted within a few milliseconds.  Not ``another``: the same one goes on, only events tell.
+        """
+        begun, made = self.producer.begun, self.log.made
         return (
-            await self.arrives(lambda e: begun.get(e.id, 0.0) > moment, "nobody delivers any more")
+            await self.arrives(
+                lambda e: (
+                    begun.get(e.id, 0.0) > moment or (another and made[e.connection] > moment + ACCEPTED_S)
+                ),
+                "nobody delivers any more",
+            )
         ).opened
 
     def rate_between(self, start: float, end: float) -> float:

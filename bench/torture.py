@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -131,9 +132,7 @@ async def kill_standby(run: Run) -> Found:
             await asyncio.sleep(dice.uniform(0.2, 1.2) * run.long(1.0, 0.5))
             owner.process.kill()
             fault = scene.fault()
-            found.time(
-                "kill to the next owner's first delivery", await scene.first_after(fault.at) - fault.at
-            )
+            found.time("kill to the next owner's first delivery", await scene.next_owner(fault.at) - fault.at)
             owner.kill()
             owner = standby
             run.step()
@@ -176,11 +175,11 @@ async def zombie(run: Run) -> Found:
         owner, standby = await scene.daemon(), None
         await under_load(scene, run)
         standby = await scene.daemon()
-        for _ in range(run.trials):
+        for n in range(run.trials):
             await scene.shared(2)
             await asyncio.sleep(dice.uniform(0.5, 1.5))
             session = await _session_of_busy(scene)
-            owner.process.send_signal(19)
+            owner.process.send_signal(signal.SIGSTOP)
             fault = scene.fault()
             await asyncio.sleep(dice.uniform(0.0, 0.1))
             async with scene.sql() as connection:
@@ -190,10 +189,11 @@ async def zombie(run: Run) -> Found:
                     await asyncio.sleep(0.005)
                 before = {row[0] for row in await connection.fetch(BEFORE, fault.wall)}
             found.time(
-                "session ended to the next owner's first delivery", await scene.first_after(ended) - ended
+                "session ended to the next owner's first delivery", await scene.next_owner(ended) - ended
             )
-            await asyncio.sleep(run.long(30, 1.5))
-            owner.process.send_signal(18)
+            # every other one wakes while the next owner has the same deliveries in flight
+            await asyncio.sleep(dice.uniform(0.0, 0.3) if n % 2 else run.long(30, 1.5))
+            owner.process.send_signal(signal.SIGCONT)
             await scene.shared(2)
             await asyncio.sleep(run.long(2, 0.5))
             async with scene.sql() as connection:
@@ -295,7 +295,7 @@ async def failover(run: Run) -> Found:
             await asyncio.to_thread(primary.kill)
             promoted = time.monotonic()
             await asyncio.to_thread(standby.promote)
-            first = await scene.first_after(promoted)
+            first = await scene.next_owner(promoted, another=False)
             fault.until = first + 0.1
             found.time("promotion to the first delivery", first - promoted)
             found.time(f"promotion to {RECOVERED:g} of the rate", await scene.steady(RECOVERED, rate, since=promoted, deadline_s=run.long(30, 5)))  # fmt: skip
@@ -618,7 +618,7 @@ ROWS = (
     Row("kill-lone", "kill -9 of a lone daemon, restarted with 100,000 pending", kill_lone, 100, 10, 2,
         {"start to first delivery": (0.99, 2000)}),
     Row("failpoints", "kill -9 at each of the ten worst moments", failpoints, 500, 20, 0),
-    Row("zombie", "SIGSTOP of the owner for 30 s, its session ended, SIGCONT", zombie, 20, 4, 1),
+    Row("zombie", "SIGSTOP of the owner for 30 s, or for an instant, its session ended, SIGCONT", zombie, 40, 4, 2),
     Row("restart", "PostgreSQL restarted under load: immediate, fast, postmaster killed", restart, 50, 10, 2,
         {f"up to {RECOVERED:g} of the rate": (1.0, 5000)}),
     Row("failover", "primary killed, its synchronous standby promoted, both in the DSN", failover, 20, 4, 1,
