@@ -38,10 +38,11 @@ from witness import ANSWERED, BAD, LOST, MADE, OPENED, RECORD
 from hookd.postgres.migrate import migrate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
 HERE = Path(__file__).parent
 TICK_S = 0.02
+BEHIND_S = 2.0
 ROLLED_BACK = 0.05
 """Of the producer's transactions."""
 
@@ -60,7 +61,8 @@ OLDEST_S = 30.0
 NOTICED_S = 1.0
 """So much later than it happened may the end of a daemon have been noticed that ended itself."""
 
-DRAIN_S = 120.0
+STUCK_S = 60.0
+"""Without a change of what is pending."""
 
 AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
 
@@ -114,6 +116,8 @@ class Fault:
     wall: float
     until: float
     """What opened before this may have been begun by somebody who did not know yet."""
+    woken: float = 0.0
+    """When a stopped daemon went on: what it had begun to write is read only then."""
 
 
 class Log:
@@ -222,12 +226,19 @@ class Producer:
     Commits events at a steady rate, whatever becomes of them, and knows which.
 
     It makes the ids itself, before BEGIN.  A transaction whose COMMIT was sent and not answered is *unknown*: its events may
-    arrive or not.  Beside one in twenty goes another
+    arrive or not.  It holds back while more than ``BEHIND_S`` of its events wait: a machine that cannot keep up is no fault.
+    Beside one in twenty goes another
     that is rolled back: its events must never arrive.
     """
 
-    def __init__(self, dsn: str, hosts: list[int], dice: random.Random) -> None:
+    def __init__(self, dsn: str, hosts: list[int], dice: random.Random, ask: Callable[[], Awaitable[None]]) -> None:  # fmt: skip
+        """``ask`` has ``received`` be told."""
         self.dsn = dsn
+        self._ask = ask
+        self._asked = 0.0
+        self._received = self._received_before = 0
+        self.seconds = 0.0
+        """How long it inserted."""
         self.hosts = hosts
         self.rate = 0.0
         self._dice = dice
@@ -250,6 +261,19 @@ class Producer:
             self.rate = 0.0
             await self._task
             self._task = None
+
+    def received(self, count: int) -> None:
+        """So many requests have come, since the witness was started."""
+        self._received = count
+
+    async def _behind(self) -> bool:
+        """Whether so many wait that there is no sense in inserting more."""
+        now = time.monotonic()
+        if now - self._asked > 0.2:
+            self._asked = now
+            await self._ask()
+        waiting = len(self.committed) - (self._received - self._received_before)
+        return waiting > BEHIND_S * self.rate
 
     def events(self, count: int) -> tuple[list[bytes], list[int], list[int]]:
         millis = int(time.time() * 1000).to_bytes(6, "big")
@@ -276,8 +300,9 @@ class Producer:
                 now = time.monotonic()
                 # what an outage kept it from inserting is not made up for: the rate before and after it is compared
                 due = min(due + (now - last) * self.rate, 5 * self.rate * TICK_S)
+                self.seconds += now - last
                 last = now
-                if due >= 1:
+                if due >= 1 and not await self._behind():
                     count = int(due)
                     due -= count
                     connection = await self._insert(connection, count)
@@ -329,6 +354,8 @@ class Producer:
     def forget(self) -> None:
         for known in (self.numbers, self.begun, self.committed, self.unknown):
             known.clear()
+        self._received_before = self._received
+        self.seconds = 0.0
 
 
 @dataclass(slots=True)
@@ -352,6 +379,8 @@ class Account:
     """Of the doubled: neither in flight nor unsettled at any fault."""
     pending: int = 0
     """Not settled after all."""
+    seconds: float = 0.0
+    """How long events were inserted one after another."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: Account) -> None:
@@ -377,6 +406,7 @@ class Scene:
         self.daemons: list[Hookd] = []
         self.faults: list[Fault] = []
         self.account = Account()
+        self._telling = asyncio.Lock()
         self.late_s = 0.0
         """By how much the witness was late at most."""
         self._tls = tls
@@ -414,9 +444,9 @@ class Scene:
         self._start_witness()
         async with self.sql() as connection:
             await migrate(connection)
+        self.producer = Producer(self.writable, list(range(self.hosts)), self.dice, self.tell)
         await self.tell(hold_ms=self._hold_ms)
         await self.add_endpoints(range(self.hosts))
-        self.producer = Producer(self.writable, list(range(self.hosts)), self.dice)
 
     async def make_primary(self) -> None:
         """The first cluster."""
@@ -482,11 +512,14 @@ class Scene:
 
     async def tell(self, **wanted: Any) -> None:
         """Change how the witness answers; with nothing, have its log written."""
-        if self._control is None:
-            self._control = await asyncio.open_connection("127.0.0.1", self.ports["control"])
-        reader, writer = self._control
-        writer.write(json.dumps(wanted).encode() + b"\n")
-        self.late_s = max(self.late_s, json.loads(await reader.readline())["late_s"])
+        async with self._telling:
+            if self._control is None:
+                self._control = await asyncio.open_connection("127.0.0.1", self.ports["control"])
+            reader, writer = self._control
+            writer.write(json.dumps(wanted).encode() + b"\n")
+            answer = json.loads(await reader.readline())
+        self.late_s = max(self.late_s, answer["late_s"])
+        self.producer.received(answer["opened"])
 
     async def look(self) -> list[Exchange]:
         """What has come since the last look."""
@@ -593,25 +626,28 @@ class Scene:
 
     # The end of a stretch.
 
-    async def drained(self, deadline_s: float = DRAIN_S) -> int:
-        """Insert nothing more and wait until nothing is pending; returns what is left at the deadline."""
+    async def drained(self) -> set[bytes]:
+        """Insert nothing more and wait until nothing is pending; returns what is left when nothing has moved for a long time."""
         await self.producer.stop()
-        until = time.monotonic() + deadline_s
-        while True:
+        left, moved = -1, time.monotonic()
+        while time.monotonic() - moved < STUCK_S:
             with contextlib.suppress(*AWAY):
                 async with self.sql() as connection:
-                    while await connection.fetchval("select exists (select from hookd.delivery)"):
-                        if time.monotonic() > until:
-                            return int(await connection.fetchval("select count(*) from hookd.delivery"))
-                        await asyncio.sleep(0.05)
-                    return 0
-            if time.monotonic() > until:
-                raise Broken("the database does not come back")
+                    while time.monotonic() - moved < STUCK_S:
+                        now_left = await connection.fetchval("select count(*) from hookd.delivery")
+                        if not now_left:
+                            return set()
+                        if now_left != left:
+                            left, moved = now_left, time.monotonic()
+                        await asyncio.sleep(0.1)
+                    rows = await connection.fetch("select event_id from hookd.delivery")
+                    return {row["event_id"].bytes for row in rows}
             await asyncio.sleep(0.2)
+        raise Broken("the database does not come back")
 
-    async def settle_accounts(self, *, forget: bool = True, deadline_s: float = DRAIN_S) -> Account:
+    async def settle_accounts(self) -> Account:
         """Wait until nothing is pending, and say what became of all that was sent since this was asked last."""
-        pending = await self.drained(deadline_s)
+        pending = await self.drained()
         await self.look()
         await asyncio.sleep(max(self._hold_ms) / 1000 + 0.1)  # what was sent twice is answered twice
         await self.look()
@@ -623,19 +659,17 @@ class Scene:
                 row["event_id"].bytes
                 for row in await connection.fetch("select event_id from hookd.dead_letter")
             }
-            account = self._counted(settled, dead)
-            account.pending = pending
+            account = self._counted(settled, dead, pending)
             self.account.add(account)
-            if forget:
-                self.producer.forget()
-                self.log.forget()
-                self.faults.clear()
-                if not pending:
-                    await connection.execute("set lock_timeout = '10s'")
-                    await connection.execute("truncate hookd.attempt, hookd.event, hookd.dead_letter")
+            self.producer.forget()
+            self.log.forget()
+            self.faults.clear()
+            if not pending:
+                await connection.execute("set lock_timeout = '10s'")
+                await connection.execute("truncate hookd.attempt, hookd.event, hookd.dead_letter")
         return account
 
-    def _counted(self, settled: dict[bytes, float], dead: set[bytes]) -> Account:
+    def _counted(self, settled: dict[bytes, float], dead: set[bytes], pending: set[bytes]) -> Account:
         producer, log = self.producer, self.log
         known = producer.committed | producer.unknown
         had = {i for i, all_of_it in log.exchanges.items() if any(200 <= e.status < 300 for e in all_of_it)}
@@ -643,24 +677,37 @@ class Scene:
             events=len(producer.committed),
             unknown=len(producer.unknown),
             received=len(log.opened),
-            lost=len(producer.committed - had - dead),
+            lost=len(producer.committed - had - dead - pending),
+            pending=len(pending),
+            seconds=producer.seconds,
             phantom=len(log.exchanges.keys() - known),
             dishonest=len(settled.keys() - had),
             spoilt=log.bad + sum(producer.numbers.get(i) != n for i, n in log.numbers.items() if i in known),
         )
         excused: set[int] = set()
+        late: set[int] = set()
         exchanges = sorted((e for all_of_it in log.exchanges.values() for e in all_of_it), key=_opened)
         for fault in self.faults:
             at_it = self._at(fault, exchanges, settled)
-            account.allowed += len(at_it)
+            late_ones = self._late(fault, exchanges)
+            account.allowed += len(at_it | late_ones)
             excused |= at_it
+            late |= late_ones
         for all_of_it in log.exchanges.values():
-            for exchange in all_of_it[:-1]:
+            for n, exchange in enumerate(all_of_it[:-1]):
                 if not exchange.answered or exchange.status < 300:
                     account.doubled += 1
-                    if id(exchange) not in excused:
+                    if id(exchange) not in excused and id(all_of_it[n + 1]) not in late:
                         account.unexplained += 1
         return account
+
+    def _late(self, fault: Fault, exchanges: list[Exchange]) -> set[int]:
+        """What a stopped daemon had begun to write when it was stopped, and the witness read when it went on."""
+        if not fault.woken:
+            return set()
+        first = bisect_left(exchanges, fault.woken, key=_opened)
+        last = bisect_left(exchanges, fault.woken + ON_THE_WIRE_S, key=_opened)
+        return {id(e) for e in exchanges[first:last] if self.log.made[e.connection] <= fault.at}
 
     def _at(self, fault: Fault, exchanges: list[Exchange], settled: dict[bytes, float]) -> set[int]:
         """The exchanges that were in flight at a fault, or answered and not settled."""

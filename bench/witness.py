@@ -7,7 +7,7 @@ Prints its ports as JSON: plain, TLS (or 0), and that of its control.  Every req
 HMAC of the Standard Webhooks signature) and noted in LOG, which holds nothing but RECORD after RECORD.  The control takes a
 JSON object a line: ``{"hold_ms": [200, 300], "fail": 0.05}`` changes how requests to ``/hook`` are answered, ``{}`` changes
 nothing; each line is answered with the length of the log, of which then nothing is held back, and by how much a timer was late
-at most since the last one: a request may be noted so much later than it came.
+at most since the last one, and how many requests have come: a request may be noted so much later than it came.
 
 ``/forge/VARIANT`` is for one request at a time: the receiver's own answer is a 500 to the first attempt of some, and
 around it goes what it never meant as an answer to anything; see FORGERIES.
@@ -63,6 +63,7 @@ class Witness:
     fail = 0.0
     dice = random.Random(1)
     connections = 0
+    opened = 0
     noted = 0
     late = 0.0
     buffer = bytearray()
@@ -88,8 +89,6 @@ class Protocol(asyncio.Protocol):
     def __init__(self) -> None:
         self.buffer = b""
         self.loop = asyncio.get_running_loop()
-        self.asked = 0
-        self.pushed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
@@ -130,7 +129,7 @@ class Protocol(asyncio.Protocol):
         if b"v1," + base64.b64encode(signed) not in headers[b"webhook-signature"].split(b" "):
             Witness.note(BAD, self.number, *about, 0, n)
         Witness.note(OPENED, self.number, *about, 0, n)
-        self.asked += 1
+        Witness.opened += 1
         if path.startswith("/forge/"):
             status = 500 if attempt == 1 and id_[-1] % FAILS == 0 else 200
             self.forge(path.removeprefix("/forge/"), status, about, n)
@@ -181,7 +180,7 @@ async def control(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         Witness.fail = wanted.get("fail", Witness.fail)
         size, late = Witness.flush(), Witness.late
         Witness.late = 0.0
-        writer.write(json.dumps({"size": size, "late_s": late}).encode() + b"\n")
+        writer.write(json.dumps({"size": size, "late_s": late, "opened": Witness.opened}).encode() + b"\n")
     writer.close()
 
 
