@@ -393,9 +393,9 @@ class Scene:
 
     def __init__(
         self, *, hosts: int = 20, seed: int = 1, tls: bool = False, limits: Mapping[int, tuple[float | None, int | None]] | None = None,
-        path: str = "/hook", standby: bool = False, hold_ms: tuple[float, float] = (230.0, 270.0), environment: Mapping[str, str] | None = None,
+        path: str = "/hook", standby: bool = False, program: tuple[str, ...] = ("-m", "hookd"), hold_ms: tuple[float, float] = (230.0, 270.0), environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """``limits``: of a host by number, rate and concurrency; ``hold_ms``: how long the receiver takes to answer."""
+        """``program``: what Python runs; ``limits``: of a host by number, rate and concurrency; ``hold_ms``: how long the receiver takes to answer."""
         self.folder = Path(tempfile.mkdtemp(prefix="hookd-torture-"))
         self.folder.chmod(0o755)
         self.programs = Programs(self.folder)
@@ -413,6 +413,7 @@ class Scene:
         self._limits = limits or {}
         self._path = path
         self._standby = standby
+        self._program = program
         self._hold_ms = hold_ms
         self._environment = dict(environment or {})
         self._started = 0
@@ -575,7 +576,7 @@ class Scene:
 
     # Daemons.
 
-    async def daemon(self, *, program: tuple[str, ...] = ("-m", "hookd"), ready: bool = True, **environment: str) -> Hookd:  # fmt: skip
+    async def daemon(self, *, ready: bool = True, **environment: str) -> Hookd:  # fmt: skip
         """Start one, and wait until it delivers or stands by."""
         self._started += 1
         defaults = {
@@ -583,7 +584,7 @@ class Scene:
             "HOOKD_ADMIN__LISTEN": "", "HOOKD_LOG__FORMAT": "json", "HOOKD_LIMITS__CONCURRENCY": "200",
             "HOOKD_RETRY__SCHEDULE": json.dumps(["200ms"] * 12),
         }  # fmt: skip
-        daemon = Hookd(self.folder, self._started, program, defaults | self._environment | environment)
+        daemon = Hookd(self.folder, self._started, self._program, defaults | self._environment | environment)
         self.daemons.append(daemon)
         if ready:
             await daemon.ready()

@@ -10,7 +10,8 @@ is below 3/N.
 
 Trials are made in batches; each batch that ended is kept in ``.bench/torture.jsonl``, and ``--resume`` makes only the trials
 that are still missing.  ``.bench/torture.md`` and ``.bench/torture.json`` are written anew after each batch.  ``--short`` is
-what CI runs: a few trials of each row under a small load, of which only the counts mean anything.
+what CI runs: a few trials of each row under a small load, of which only the counts mean anything.  ``--spoilt`` runs a daemon
+with a bug (``bench/spoilt.py``): the row that is about it has to fail.
 
 Needs Linux.  Rows that need root (to fill up a disk) are skipped elsewhere, and say so.  Load goes to loopback only.
 Exit status: 0 all rows passed, 1 one did not, 2 one broke down or the arguments are wrong.
@@ -27,13 +28,14 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from clusters import Cluster, SmallDisk, why_no_small_disk
 from scene import AWAY, Account, Broken, Scene
+from spoilt import BUGS
 from stage import percentile
 from witness import FORGERIES
 
@@ -64,6 +66,13 @@ class Run:
     short: bool
     seed: int
     step: Callable[[], None]
+    bug: str = ""
+    """Of ``bench/spoilt.py``."""
+
+    @property
+    def program(self) -> tuple[str, ...]:
+        """What Python runs."""
+        return (str(HERE / "spoilt.py"), self.bug) if self.bug else ("-m", "hookd")
 
     @property
     def dice(self) -> random.Random:
@@ -123,7 +132,7 @@ async def under_load(scene: Scene, run: Run) -> None:
 async def kill_standby(run: Run) -> Found:
     found = Found()
     dice = run.dice
-    async with Scene(seed=run.seed) as scene:
+    async with Scene(seed=run.seed, program=run.program) as scene:
         owner = await scene.daemon()
         await under_load(scene, run)
         for _ in range(run.trials):
@@ -144,7 +153,9 @@ async def kill_lone(run: Run) -> Found:
     found = Found()
     dice = run.dice
     wanted = int(run.long(BACKLOG, 2000))
-    async with Scene(seed=run.seed, environment={"HOOKD_DELIVERY__MAX_IN_FLIGHT": "500"}) as scene:
+    async with Scene(
+        seed=run.seed, program=run.program, environment={"HOOKD_DELIVERY__MAX_IN_FLIGHT": "500"}
+    ) as scene:
         await scene.producer.backlog(wanted)
         daemon = await scene.daemon()
         for _ in range(run.trials):
@@ -172,7 +183,7 @@ async def zombie(run: Run) -> Found:
     found = Found()
     dice = run.dice
     # slow answers: as many in flight at a fourth of the rate, so that the zombie may wake before they come
-    async with Scene(seed=run.seed, hold_ms=(900, 1100)) as scene:
+    async with Scene(seed=run.seed, program=run.program, hold_ms=(900, 1100)) as scene:
         owner = await scene.daemon()
         scene.producer.start(run.rate / 4)
         await scene.arrives(lambda _: True, "nothing arrives")
@@ -222,7 +233,7 @@ async def failpoints(run: Run) -> Found:
 
     found = Found()
     dice = run.dice
-    async with Scene(seed=run.seed, hold_ms=(20, 60)) as scene:
+    async with Scene(seed=run.seed, program=run.program, hold_ms=(20, 60)) as scene:
         scene.producer.start(run.rate / 2)
         for n in range(run.trials):
             moment = list(MOMENTS)[n % len(MOMENTS)]
@@ -254,7 +265,7 @@ async def failpoints(run: Run) -> Found:
 async def restart(run: Run) -> Found:
     found = Found()
     ways = ["immediate", "immediate", "immediate", "fast", "kill -9"]
-    async with Scene(seed=run.seed) as scene:
+    async with Scene(seed=run.seed, program=run.program) as scene:
         daemon = await scene.daemon()
         await under_load(scene, run)
         for n in range(run.trials):
@@ -287,7 +298,7 @@ async def _rate_now(scene: Scene, run: Run) -> float:
 
 async def failover(run: Run) -> Found:
     found = Found()
-    async with Scene(seed=run.seed, standby=True) as scene:
+    async with Scene(seed=run.seed, program=run.program, standby=True) as scene:
         daemon = await scene.daemon()
         await under_load(scene, run)
         primary, standby = scene.clusters
@@ -325,7 +336,7 @@ async def _streams(primary: Cluster) -> None:
 
 async def storm(run: Run) -> Found:
     found = Found()
-    async with Scene(seed=run.seed) as scene:
+    async with Scene(seed=run.seed, program=run.program) as scene:
         await scene.daemon()
         await scene.daemon()
         await under_load(scene, run)
@@ -363,7 +374,9 @@ async def churn(run: Run) -> Found:
     # four hosts have a rate, and four a concurrency, that is about what they could take
     limits: dict[int, tuple[float | None, int | None]] = dict.fromkeys(range(4), (0.9 * rate / CHURN_HOSTS, None))  # fmt: skip
     limits |= dict.fromkeys(range(4, 8), (None, int(run.long(3, 1))))
-    async with Scene(seed=run.seed, hosts=CHURN_HOSTS, limits=limits, hold_ms=(60, 80)) as scene:
+    async with Scene(
+        seed=run.seed, program=run.program, hosts=CHURN_HOSTS, limits=limits, hold_ms=(60, 80)
+    ) as scene:
         await scene.daemon()
         scene.producer.start(rate)
         await scene.arrives(lambda _: True, "nothing arrives")
@@ -436,7 +449,9 @@ def _over(exchanges: list[Exchange], limits: dict[int, tuple[float | None, int |
 async def drain(run: Run) -> Found:
     found = Found()
     dice = run.dice
-    async with Scene(seed=run.seed, environment={"HOOKD_DELIVERY__DRAIN": "10s"}) as scene:
+    async with Scene(
+        seed=run.seed, program=run.program, environment={"HOOKD_DELIVERY__DRAIN": "10s"}
+    ) as scene:
         owner = await scene.daemon()
         await under_load(scene, run)
         for n in range(run.trials):
@@ -454,11 +469,11 @@ async def drain(run: Run) -> Found:
 
 
 async def forged(run: Run) -> Found:
-    return await _forge(run, ("-m", "hookd"))
+    return await _forge(run)
 
 
 async def forged_unguarded(run: Run) -> Found:
-    found = await _forge(run, (str(HERE / "unguarded.py"),))
+    found = await _forge(replace(run, bug="unguarded"))
     believed = found.account.dishonest + found.account.lost
     # here it is the other way round: a lie that nobody believes would mean that the row above proves nothing
     found.shown["forged answers believed"] = believed
@@ -467,9 +482,9 @@ async def forged_unguarded(run: Run) -> Found:
     return found
 
 
-async def _forge(run: Run, program: tuple[str, ...]) -> Found:
+async def _forge(run: Run) -> Found:
     found = Found()
-    async with Scene(seed=run.seed, hosts=0, tls=True, hold_ms=(0, 0)) as scene:
+    async with Scene(seed=run.seed, program=run.program, hosts=0, tls=True, hold_ms=(0, 0)) as scene:
         places = [(variant, tls) for variant in FORGERIES for tls in ("", "-tls")]
         for n, (variant, tls) in enumerate(places):
             port = ("first" if variant == "first" else "hook") + tls
@@ -477,9 +492,7 @@ async def _forge(run: Run, program: tuple[str, ...]) -> Found:
         # those that speak first are hardly ever asked, and take a retry each time
         quick = [n for n, (variant, _) in enumerate(places) if variant != "first"]
         slow = [n for n in range(len(places)) if n not in quick]
-        await scene.daemon(
-            program=program, HOOKD_LIMITS__CONCURRENCY="4", HOOKD_RETRY__SCHEDULE='["50ms", "50ms", "50ms"]'
-        )
+        await scene.daemon(HOOKD_LIMITS__CONCURRENCY="4", HOOKD_RETRY__SCHEDULE='["50ms", "50ms", "50ms"]')
         wanted = run.trials
         while wanted > 0:
             scene.producer.hosts = quick
@@ -503,7 +516,7 @@ async def disk_full(run: Run) -> Found:
     found = Found()
     for n in range(run.trials):
         kind = ("data", "wal")[(run.seed + n) % 2]
-        scene = _Cramped(kind, seed=run.seed + n)
+        scene = _Cramped(kind, seed=run.seed + n, program=run.program)
         async with scene:
             daemon = await scene.daemon()
             await under_load(scene, run)
@@ -531,8 +544,8 @@ async def disk_full(run: Run) -> Found:
 class _Cramped(Scene):
     """A scene whose database, or whose WAL, is on a small disk."""
 
-    def __init__(self, kind: str, *, seed: int) -> None:
-        super().__init__(seed=seed)
+    def __init__(self, kind: str, *, seed: int, program: tuple[str, ...]) -> None:
+        super().__init__(seed=seed, program=program)
         self._kind = kind
 
     async def make_primary(self) -> None:
@@ -566,7 +579,7 @@ async def soak(run: Run) -> Found:
     """
     found = Found()
     minute = run.long(60, 2)
-    async with Scene(seed=run.seed, hold_ms=(40, 60)) as scene:
+    async with Scene(seed=run.seed, program=run.program, hold_ms=(40, 60)) as scene:
         survivor = await scene.daemon()
         victim = await scene.daemon()
         rate = run.rate / 4
@@ -618,9 +631,9 @@ def _slope(points: list[tuple[float, float]]) -> float:
 ROWS = (
     Row("kill-standby", "kill -9 of the owner under load, another daemon waiting", kill_standby, 200, 10, 2,
         {"kill to the next owner's first delivery": (0.99, 250)}),
-    Row("kill-lone", "kill -9 of a lone daemon, restarted with 100,000 pending", kill_lone, 100, 10, 2,
+    Row("kill-lone", "kill -9 of a lone daemon, restarted with 100,000 pending", kill_lone, 100, 10, 1,
         {"start to first delivery": (0.99, 2000)}),
-    Row("failpoints", "kill -9 at each of the ten worst moments", failpoints, 500, 20, 0),
+    Row("failpoints", "kill -9 at each of the ten worst moments", failpoints, 500, 20, 10),
     Row("zombie", "SIGSTOP of the owner for 30 s, or for an instant, its session ended, SIGCONT", zombie, 40, 4, 2),
     Row("restart", "PostgreSQL restarted under load: immediate, fast, postmaster killed", restart, 50, 10, 2,
         {f"up to {RECOVERED:g} of the rate": (1.0, 5000)}),
@@ -787,7 +800,7 @@ class Notes:
         rows = [verdict(row, self.batches[row.name]) for row in ROWS if row.name in self.batches]
         about = (
             f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {self._key['rate']:g} events a second"
-            f"{', the short form: its times mean nothing' if self._key['short'] else ''}; {os.cpu_count()} cores, "
+            f"{', hookd spoilt on purpose' if self._key['spoilt'] else ''}{', the short form: its times mean nothing' if self._key['short'] else ''}; {os.cpu_count()} cores, "
             f"load of the machine {os.getloadavg()[0]:.1f}."
         )
         (self._out / "torture.md").write_text(markdown(rows, skipped, about))
@@ -803,7 +816,7 @@ def make(row: Row, notes: Notes, wanted: int, given: argparse.Namespace, skipped
     try:
         while (done := notes.done(row)) < wanted:
             trials = min(row.batch, wanted - done)
-            run = Run(trials, given.rate, given.short, given.seed + done, progress.step)
+            run = Run(trials, given.rate, given.short, given.seed + done, progress.step, given.spoilt)
             found = asyncio.run(_run(row, run))
             found.trials = trials
             notes.add(row, found)
@@ -829,6 +842,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the trials that were made, and make the missing ones")  # fmt: skip
     parser.add_argument("--rate", type=float, default=0.0, help="events a second (2000; 400 in short)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--spoilt", default="", choices=["", *BUGS], metavar="BUG", help="torture a daemon with a bug that must be caught: " + ", ".join(BUGS))  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the rows, and how many trials they have")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--out", type=Path, default=HERE.parent / ".bench")
@@ -841,15 +855,19 @@ def main() -> None:
     unknown = sorted(set(names) - {row.name for row in ROWS})
     if unknown:
         parser.error(f"--rows: {', '.join(unknown)} is none of {', '.join(row.name for row in ROWS)}")
+    if given.trials < 0 or given.rate < 0:
+        parser.error("--trials and --rate are numbers from 1 up")
     if sys.platform != "linux":
         parser.error("this needs Linux")
     given.rate = given.rate or (400.0 if given.short else 2000.0)
-    notes = Notes(given.out, {"short": given.short, "rate": given.rate}, resume=given.resume)
+    notes = Notes(
+        given.out, {"short": given.short, "rate": given.rate, "spoilt": given.spoilt}, resume=given.resume
+    )
     skipped: dict[str, str] = {}
     broken: dict[str, str] = {}
     for row in ROWS:
         wanted = given.trials or (row.short if given.short else row.trials)
-        if (names and row.name not in names) or not wanted:
+        if names and row.name not in names:
             continue
         why = row.missing()
         if why:

@@ -49,6 +49,16 @@ def test_nothing_is_lost(row: str, tmp_path: Path) -> None:
         assert json.loads(again.stdout)["rows"] == report["rows"], "trials that were made are not made again"
 
 
+@pytest.mark.timeout(300)
+def test_a_daemon_that_settles_before_the_answer_is_caught(tmp_path: Path) -> None:
+    done = torture("--short", "--rows", "kill-standby", "--trials", "1", "--spoilt", "early", "--json", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (found,) = json.loads(done.stdout)["rows"]
+    assert found["account"]["lost"] > 0
+    assert found["account"]["dishonest"] > 0
+    assert f"{found['account']['lost']} lost" in found["failures"]
+
+
 def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
     done = torture("--rows", "kill-everybody", "--out", str(tmp_path))
     assert done.returncode == 2
