@@ -391,6 +391,9 @@ class Account:
 class Scene:
     """Everything that a row needs; ``async with`` it."""
 
+    kept = False
+    """Whether the folder, with what the daemons and servers said, outlives this."""
+
     def __init__(
         self, *, hosts: int = 20, seed: int = 1, tls: bool = False, limits: Mapping[int, tuple[float | None, int | None]] | None = None,
         path: str = "/hook", standby: bool = False, program: tuple[str, ...] = ("-m", "hookd"), hold_ms: tuple[float, float] = (230.0, 270.0), environment: Mapping[str, str] | None = None,
@@ -506,7 +509,12 @@ class Scene:
             self._witness.terminate()
             self._witness.wait()
         await asyncio.to_thread(stop_all, self.clusters)
-        if not os.environ.get("TORTURE_KEEP"):
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        if Scene.kept:
+            print(f"kept: {self.folder}", file=sys.stderr)
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # The witness.

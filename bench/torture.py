@@ -567,8 +567,11 @@ class _Cramped(Scene):
         if hasattr(self, "disk"):
             self.disk.empty()
         await super().close()
+
+    def clean_up(self) -> None:
         if hasattr(self, "disk"):
             self.disk.close()
+        super().clean_up()
 
 
 async def soak(run: Run) -> Found:
@@ -844,6 +847,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--spoilt", default="", choices=["", *BUGS], metavar="BUG", help="torture a daemon with a bug that must be caught: " + ", ".join(BUGS))  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the rows, and how many trials they have")
+    parser.add_argument("--keep", action="store_true", help="keep the logs of daemons, servers and receiver")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--out", type=Path, default=HERE.parent / ".bench")
     given = parser.parse_args()
@@ -859,6 +863,7 @@ def main() -> None:
         parser.error("--trials and --rate are numbers from 1 up")
     if sys.platform != "linux":
         parser.error("this needs Linux")
+    Scene.kept = given.keep
     given.rate = given.rate or (400.0 if given.short else 2000.0)
     notes = Notes(
         given.out, {"short": given.short, "rate": given.rate, "spoilt": given.spoilt}, resume=given.resume
