@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from hookd.feed import Feed
 from hookd.net.exchange import Attempt
 from hookd.net.line import Line
@@ -29,6 +31,8 @@ from hookd.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+log = structlog.get_logger("hookd")
 
 ACTIONS = {"crash": signal.SIGKILL, "pause": signal.SIGSTOP}
 
@@ -104,7 +108,7 @@ class Failpoint:
 
 def arm(wanted: str) -> None:
     """
-    Wrap what ``wanted`` names: ``NAME=ACTION[@N]``, several of them with commas.
+    Wrap what ``wanted`` names: ``NAME=ACTION[@N]``, several of them with commas; nothing if it is empty.
 
     Raises:
         FailpointUnknown: it names no moment, or no action, or no number.
@@ -114,6 +118,7 @@ def arm(wanted: str) -> None:
         for moment in MOMENTS[name]:
             original = getattr(moment.owner, moment.method)
             setattr(moment.owner, moment.method, _wrapped(original, moment.when, failpoint))
+        log.warning("this daemon is told to fail: for tests only", failpoint=wanted)
 
 
 def _parsed(part: str) -> tuple[str, Failpoint]:

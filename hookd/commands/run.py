@@ -51,10 +51,13 @@ def run(invocation: Invocation) -> None:
     loaded = load(invocation.config_file)
     config = loaded.config
     configure(config.log)
+    try:
+        arm(os.environ.get("HOOKD_FAILPOINT", ""))
+    except FailpointUnknown as problem:
+        raise Failed(str(problem), 2) from None
     problems = check_parts()
     if problems:
         raise Failed("; ".join(problems))
-    _arm_failpoints()
     _raise_descriptors(config)
     with database_of(config) as database:
         if config.database.dsn == "embedded":
@@ -131,16 +134,6 @@ async def _say_ready(daemon: Daemon, listening: str | None) -> None:
     shards = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
     log.info("ready", version=__version__, shards=shards, admin=listening or "off", pid=os.getpid())
     notify("READY=1")
-
-
-def _arm_failpoints() -> None:
-    wanted = os.environ.get("HOOKD_FAILPOINT", "")
-    if wanted:
-        try:
-            arm(wanted)
-        except FailpointUnknown as problem:
-            raise Failed(str(problem), 2) from None
-        log.warning("this daemon is told to fail: for tests only", failpoint=wanted)
 
 
 def _raise_descriptors(config: Config) -> None:
