@@ -732,9 +732,15 @@ class Scene:
             if not e.answered:
                 if not e.ended or e.ended >= fault.at - NOTICED_S:
                     found.add(id(e))
-            elif e.answered >= fault.at or settled.get(e.id, float("inf")) >= fault.wall:
-                # what was settled for it was begun after the fault: by somebody else
+            elif e.answered >= fault.at:
                 found.add(id(e))
+            elif settled.get(e.id, float("inf")) >= fault.wall:
+                # what was settled for it was begun after the fault, by somebody else; one that had been sent again is not at hand
+                again = min(
+                    (o.opened for o in self.log.exchanges[e.id] if o.opened > e.opened), default=float("inf")
+                )
+                if again > fault.at:
+                    found.add(id(e))
         return found
 
 

@@ -158,6 +158,7 @@ async def kill_lone(run: Run) -> Found:
     ) as scene:
         await scene.producer.backlog(wanted)
         daemon = await scene.daemon()
+        await scene.arrives(lambda _: True, "nothing arrives")
         for _ in range(run.trials):
             await asyncio.sleep(dice.uniform(0.2, 1.2))
             daemon.process.kill()
