@@ -1,13 +1,5 @@
 """
-Where torture.py's trials happen: a database, the witness, daemons, a producer; and the account of what became of it all.
-
-Lost, doubled and honestly settled are judged by the witness's log alone, against what the producer knows to be committed:
-
-- *lost*: committed, and no 2xx of the receiver's own in its log, nor a dead letter;
-- *phantom*: received, and never committed (rolled back, or never sent);
-- *doubled*: received again although it was not answered with a failure.  Each is *explained* by a fault if the delivery was
-  open at that moment, or answered and not settled yet; their number is bounded by how many there were of these;
-- *dishonest*: settled as delivered, and no 2xx of the receiver's own in its log.
+Where torture.py's trials happen: a database, the witness, daemons, a producer.
 """
 
 from __future__ import annotations
@@ -26,12 +18,12 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 import asyncpg
+from account import Account, Exchange, Fault, Seen, account_of
 from clusters import Cluster, Programs, stop_all
 from witness import ANSWERED, BAD, LOST, MADE, OPENED, RECORD
 
@@ -46,20 +38,11 @@ BEHIND_S = 2.0
 ROLLED_BACK = 0.05
 """Of the producer's transactions."""
 
-ON_THE_WIRE_S = 1.0
-"""So long after a daemon died may the witness read, on connections that it knows, the last requests that it wrote."""
-
 ACCEPTED_S = 0.01
 """So long may the witness take to accept a connection."""
 
 TRUSTED_S = 2.2
 """So long may a daemon that lives go on after its locks are gone: the 2 s of the fence, and a look."""
-
-OLDEST_S = 30.0
-"""So old may an exchange be that is in flight: above ``delivery.timeout``."""
-
-NOTICED_S = 1.0
-"""So much later than it happened may the end of a daemon have been noticed that ended itself."""
 
 STUCK_S = 60.0
 """Without a change of what is pending."""
@@ -92,46 +75,15 @@ select a.event_id, extract(epoch from a.at)::double precision as at from hookd.a
 """
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One request, as the witness saw it; times on the monotonic clock."""
-
-    id: bytes
-    attempt: int
-    host: int
-    connection: int
-    opened: float
-    answered: float = 0.0
-    """0: its answer was never written."""
-    ended: float = 0.0
-    """Answered, or its connection lost."""
-    status: int = 0
-
-
-@dataclass(slots=True)
-class Fault:
-    """Something that was done to them."""
-
-    at: float
-    wall: float
-    until: float
-    """What opened before this may have been begun by somebody who did not know yet."""
-    woken: float = 0.0
-    """When a stopped daemon went on: what it had begun to write is read only then."""
-
-
-class Log:
+class Log(Seen):
     """The witness's log, read as it grows."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._file = path.open("rb")
         self._rest = b""
         self._open: dict[int, Exchange] = {}
-        self.exchanges: dict[bytes, list[Exchange]] = {}
-        self.numbers: dict[bytes, int] = {}
-        self.made: dict[int, float] = {}
         self.opened: list[float] = []
-        self.bad = 0
 
     def read(self) -> list[Exchange]:
         """Take in what is new; returns the exchanges that were opened."""
@@ -161,9 +113,7 @@ class Log:
         return new
 
     def forget(self) -> None:
-        """Of what has ended."""
-        self.exchanges.clear()
-        self.numbers.clear()
+        super().forget()
         self.opened.clear()
 
 
@@ -358,36 +308,6 @@ class Producer:
         self.seconds = 0.0
 
 
-@dataclass(slots=True)
-class Account:
-    """What became of what was sent, in numbers."""
-
-    events: int = 0
-    """Committed, as the producer knows."""
-    unknown: int = 0
-    """Whose COMMIT was not answered."""
-    received: int = 0
-    lost: int = 0
-    phantom: int = 0
-    dishonest: int = 0
-    spoilt: int = 0
-    """Not signed as it should be, or with another payload."""
-    doubled: int = 0
-    allowed: int = 0
-    """In flight, or answered and not settled, at the faults."""
-    unexplained: int = 0
-    """Of the doubled: neither in flight nor unsettled at any fault."""
-    pending: int = 0
-    """Not settled after all."""
-    seconds: float = 0.0
-    """How long events were inserted one after another."""
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, other: Account) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
 class Scene:
     """Everything that a row needs; ``async with`` it."""
 
@@ -408,7 +328,6 @@ class Scene:
         self.secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         self.daemons: list[Hookd] = []
         self.faults: list[Fault] = []
-        self.account = Account()
         self._telling = asyncio.Lock()
         self.late_s = 0.0
         """By how much the witness was late at most."""
@@ -668,8 +587,7 @@ class Scene:
                 row["event_id"].bytes
                 for row in await connection.fetch("select event_id from hookd.dead_letter")
             }
-            account = self._counted(settled, dead, pending)
-            self.account.add(account)
+            account = account_of(self.log, self.producer, self.faults, settled, dead, pending)
             self.producer.forget()
             self.log.forget()
             self.faults.clear()
@@ -677,72 +595,3 @@ class Scene:
                 await connection.execute("set lock_timeout = '10s'")
                 await connection.execute("truncate hookd.attempt, hookd.event, hookd.dead_letter")
         return account
-
-    def _counted(self, settled: dict[bytes, float], dead: set[bytes], pending: set[bytes]) -> Account:
-        producer, log = self.producer, self.log
-        known = producer.committed | producer.unknown
-        had = {i for i, all_of_it in log.exchanges.items() if any(200 <= e.status < 300 for e in all_of_it)}
-        account = Account(
-            events=len(producer.committed),
-            unknown=len(producer.unknown),
-            received=len(log.opened),
-            lost=len(producer.committed - had - dead - pending),
-            pending=len(pending),
-            seconds=producer.seconds,
-            phantom=len(log.exchanges.keys() - known),
-            dishonest=len(settled.keys() - had),
-            spoilt=log.bad + sum(producer.numbers.get(i) != n for i, n in log.numbers.items() if i in known),
-        )
-        excused: set[int] = set()
-        late: set[int] = set()
-        exchanges = sorted((e for all_of_it in log.exchanges.values() for e in all_of_it), key=_opened)
-        for fault in self.faults:
-            at_it = self._at(fault, exchanges, settled)
-            late_ones = self._late(fault, exchanges)
-            account.allowed += len(at_it | late_ones)
-            excused |= at_it
-            late |= late_ones
-        for all_of_it in log.exchanges.values():
-            for n, exchange in enumerate(all_of_it[:-1]):
-                if not exchange.answered or exchange.status < 300:
-                    account.doubled += 1
-                    if id(exchange) not in excused and id(all_of_it[n + 1]) not in late:
-                        account.unexplained += 1
-        return account
-
-    def _late(self, fault: Fault, exchanges: list[Exchange]) -> set[int]:
-        """What a stopped daemon had begun to write when it was stopped, and the witness read when it went on."""
-        if not fault.woken:
-            return set()
-        first = bisect_left(exchanges, fault.woken, key=_opened)
-        last = bisect_left(exchanges, fault.woken + ON_THE_WIRE_S, key=_opened)
-        return {id(e) for e in exchanges[first:last] if self.log.made[e.connection] <= fault.at}
-
-    def _at(self, fault: Fault, exchanges: list[Exchange], settled: dict[bytes, float]) -> set[int]:
-        """The exchanges that were in flight at a fault, or answered and not settled."""
-        found = set()
-        latest = max(fault.at + ON_THE_WIRE_S, fault.until)
-        for e in exchanges[
-            bisect_left(exchanges, fault.at - OLDEST_S, key=_opened) : bisect_left(
-                exchanges, latest, key=_opened
-            )
-        ]:
-            if e.opened > max(fault.at, fault.until) and self.log.made[e.connection] > fault.at:
-                continue
-            if not e.answered:
-                if not e.ended or e.ended >= fault.at - NOTICED_S:
-                    found.add(id(e))
-            elif e.answered >= fault.at:
-                found.add(id(e))
-            elif settled.get(e.id, float("inf")) >= fault.wall:
-                # what was settled for it was begun after the fault, by somebody else; one that had been sent again is not at hand
-                again = min(
-                    (o.opened for o in self.log.exchanges[e.id] if o.opened > e.opened), default=float("inf")
-                )
-                if again > fault.at:
-                    found.add(id(e))
-        return found
-
-
-def _opened(exchange: Exchange) -> float:
-    return exchange.opened

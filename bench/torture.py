@@ -5,11 +5,11 @@ Whether anything is ever lost: real daemons and a real PostgreSQL, killed, stopp
 
 Each row of the table is a fault, tried so and so many times under load.  What was lost, doubled or wrongly settled is judged by
 the receiver's own log (``bench/witness.py``, a process that nothing happens to) against what the producer's transactions
-committed; ``bench/scene.py`` says how.  Beside a zero stands what it proves: with 95 % confidence the rate of such an event
+committed; ``bench/account.py`` says how.  Beside a zero stands what it proves: with 95 % confidence the rate of such an event
 is below 3/N.
 
 Trials are made in batches; each batch that ended is kept in ``.bench/torture.jsonl``, and ``--resume`` makes only the trials
-that are still missing.  ``.bench/torture.md`` and ``.bench/torture.json`` are written anew after each batch.  ``--short`` is
+that are still missing, as long as neither hookd nor these scripts have changed.  ``.bench/torture.md`` and ``.bench/torture.json`` are written anew after each batch.  ``--short`` is
 what CI runs: a few trials of each row under a small load, of which only the counts mean anything.  ``--spoilt`` runs a daemon
 with a bug (``bench/spoilt.py``): the row that is about it has to fail.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -33,8 +34,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+from account import Account
 from clusters import Cluster, SmallDisk, why_no_small_disk
-from scene import AWAY, Account, Broken, Scene
+from scene import AWAY, Broken, Scene
 from spoilt import BUGS
 from stage import percentile
 from witness import FORGERIES
@@ -42,7 +44,7 @@ from witness import FORGERIES
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from scene import Exchange
+    from account import Exchange
 
 HERE = Path(__file__).parent
 RECOVERED = 0.98
@@ -774,6 +776,16 @@ class Progress:
             print(file=sys.stderr)
 
 
+def source() -> str:
+    """Tells hookd and these scripts as they are from any others: trials of another hookd prove nothing of this one."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*HERE.parent.glob("hookd/**/*.py"), *HERE.parent.glob("hookd/**/*.sql"), *HERE.glob("*.py")]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Notes:
     """The batches that have been made, in a file that grows."""
 
@@ -867,7 +879,9 @@ def main() -> None:
     Scene.kept = given.keep
     given.rate = given.rate or (400.0 if given.short else 2000.0)
     notes = Notes(
-        given.out, {"short": given.short, "rate": given.rate, "spoilt": given.spoilt}, resume=given.resume
+        given.out,
+        {"short": given.short, "rate": given.rate, "spoilt": given.spoilt, "source": source()},
+        resume=given.resume,
     )
     skipped: dict[str, str] = {}
     broken: dict[str, str] = {}
