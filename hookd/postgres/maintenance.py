@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.postgres.connect import unavailable
+from hookd.postgres.registry import VERIFIED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from uuid import UUID
 
 TIMEOUT_S = 60.0
 
@@ -108,6 +110,10 @@ class Maintenance:
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
         await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+
+    async def note_verified(self, endpoint_id: UUID, url: str) -> None:
+        """An endpoint's URL has answered a challenge."""
+        await self._run(self._connection.execute, VERIFIED, endpoint_id, url)
 
     async def thin_key(self) -> bytes:
         """What signs the URLs of thin events."""
