@@ -21,6 +21,7 @@ from hookd.admin.server import AdminServer
 from hookd.commands.session import Failed, bring_up_to_date, database_of, options
 from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
+from hookd.failpoints import FailpointUnknown, arm
 from hookd.keyfile import KeyFileProblem
 from hookd.logs import Outage, configure
 from hookd.net.exchange import check_parts
@@ -61,6 +62,10 @@ def run(invocation: Invocation) -> None:
     loaded = load(invocation.config_file)
     config = loaded.config
     configure(config.log)
+    try:
+        arm(os.environ.get("HOOKD_FAILPOINT", ""))
+    except FailpointUnknown as problem:
+        raise Failed(str(problem), 2) from None
     problems = check_parts()
     if problems:
         raise Failed("; ".join(problems))
