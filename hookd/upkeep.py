@@ -50,7 +50,7 @@ class Maintenance(Protocol):
     async def drop_partition(self, parent: str, older_than_s: float) -> str | None: ...
     async def purge(self, *, dead_letters_s: float, events_s: float) -> int: ...
     async def set(self, settings: Mapping[str, str]) -> None: ...
-    async def depth(self) -> dict[str, float]: ...
+    async def depth(self) -> dict[str, float] | None: ...
     async def examine(
         self, *, events_s: float, attempts_s: float, dead_letters_s: float
     ) -> DatabaseHealth | str: ...
@@ -96,7 +96,9 @@ async def measure(
     """Look every few seconds at how much is pending."""
     while True:
         begun = clock.mono()
-        measured(await maintenance.depth())
+        depth = await maintenance.depth()
+        if depth is not None:
+            measured(depth)
         await asyncio.sleep(max(MEASURE_S, (clock.mono() - begun) / MEASURE_SHARE))
 
 

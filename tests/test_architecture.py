@@ -24,6 +24,7 @@ FLOORS = {
     "hookd.dispatcher": 3,
     "hookd.upkeep": 3,
     "hookd.verification": 3,
+    "hookd.failpoints": 4,
     "hookd.logs": 4,
     "hookd.systemd": 4,
     "hookd.telemetry": 4,
