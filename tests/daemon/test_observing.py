@@ -292,9 +292,24 @@ def test_doctor_names_who_it_is() -> None:
 # Logs.
 
 
+def keys_returned(tree: ast.Module, name: str) -> set[str]:
+    """The keys of the dictionaries that a method of this module makes."""
+    return {
+        str(key.value)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == name
+        for node in ast.walk(function)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+
+
 def keys_logged() -> dict[str, str]:
     """Every key that a log call in the source gives, and where."""
     found: dict[str, str] = {}
+    # what an outage says of its length
+    logs = ast.parse((ROOT / "hookd" / "logs.py").read_text(encoding="utf-8"))
     for path in sorted((ROOT / "hookd").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "log = structlog.get_logger" not in text:
@@ -315,16 +330,20 @@ def keys_logged() -> dict[str, str]:
                         dictionaries.setdefault(target.value.id, set()).add(str(target.slice.value))
             for node in ast.walk(function):
                 if (
-                    isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                    and isinstance(node.func.value, ast.Name) and node.func.value.id == "log"
+                    isinstance(node, ast.Call)
+                    and ast.unparse(node.func).partition(".")[0] in ("log", "say")
                 ):  # fmt: skip
                     where = f"{path.relative_to(ROOT)}:{node.lineno}"
                     assert len(node.args) == 1, f"{where}: one sentence, and keys"
                     assert isinstance(node.args[0], ast.Constant), f"{where}: a sentence without values"
                     for keyword in node.keywords:
                         if keyword.arg is None:
-                            assert isinstance(keyword.value, ast.Name), where
-                            found |= dict.fromkeys(dictionaries[keyword.value.id], where)
+                            if isinstance(keyword.value, ast.Name):
+                                found |= dict.fromkeys(dictionaries[keyword.value.id], where)
+                            else:
+                                assert isinstance(keyword.value, ast.Call), where
+                                assert isinstance(keyword.value.func, ast.Attribute), where
+                                found |= dict.fromkeys(keys_returned(logs, "lasts"), where)
                         elif keyword.arg != "exc_info":
                             found[keyword.arg] = where
     return found
