@@ -225,8 +225,15 @@ async def _forwards(
 async def earliest(
     listing: Listing, since: datetime.datetime, look_s: float = LOOK_S
 ) -> dict[str, Any] | None:
-    """The first matching row from then on, as far as it is found in that time."""
+    """
+    The first matching row from then on; None: there is none.
+
+    Raises:
+        TooMuch: it was not found in that time.
+    """
     look = await _forwards(listing, listing.place_at(since), 0, None, look_s)
+    if not look.rows and not look.ended:
+        raise TooMuch("it was not found in a moment")
     return look.rows[0] if look.rows else None
 
 

@@ -346,8 +346,13 @@ async def dead_letters(
 async def first_attempt(
     connection: asyncpg.Connection, delivery_id: int, since: datetime.datetime
 ) -> UUID | None:
-    """The event of a delivery, by its first attempt from then on; None: it is not found in a moment."""
-    row = await earliest(_Attempts(connection, Filter(delivery=delivery_id), None), since)
+    """
+    The event of a delivery, by its first attempt from then on; None: it has none.
+
+    Raises:
+        TooMuch: it was not found in a second.
+    """
+    row = await earliest(_Attempts(connection, Filter(delivery=delivery_id), None), since, look_s=1.0)
     return None if row is None else row["event_id"]
 
 
