@@ -31,6 +31,7 @@ FLOORS = {
     "hookd.telemetry": 4,
     "hookd.daemon": 4,
     "hookd.admin": 4,
+    "hookd.guide": 4,
     "hookd.commands": 5,
     "hookd.__main__": 5,
     "hookd": 0,
@@ -53,6 +54,8 @@ ONLY_IN = {
     "uvloop": ("hookd.commands",),
     "click": ("hookd.commands",),
     "prometheus_client": ("hookd.telemetry",),
+    "markdown_it": ("hookd.guide",),
+    "jsonschema_rs": ("hookd.guide",),
     "random": ("hookd.clock", "hookd.commands"),
 }
 
