@@ -196,8 +196,10 @@ class Database:
                     raise DatabaseUnavailable(str(stays)) from None
             raise DatabaseUnavailable(f"{self.described}: {problem}") from None
 
-    async def _dial(self, **arguments: Any) -> asyncpg.Connection:
-        """One that is writable, of the hosts in their order."""
+    async def _dial(self, dsn: str | None = None, **arguments: Any) -> asyncpg.Connection:
+        """One that is writable, of the hosts in their order; a pool hands on the DSN apart from the rest."""
+        if dsn is not None:
+            arguments["dsn"] = dsn
         if not self.hosts:
             connection: asyncpg.Connection = await asyncpg.connect(**arguments)
             return connection
