@@ -25,7 +25,7 @@ th{color:var(--dim);font-weight:500}td.n{text-align:right}td.url{word-break:brea
 """
 
 SCRIPT = """const get = async path => { const r = await fetch('/api/v1' + path); const v = await r.json();
-  if (!r.ok) throw new Error(v.error ? v.error.message : r.status); return v }
+  if (!r.ok) throw new Error(v.detail || r.status); return v }
 const cell = (text, kind) => { const td = document.createElement('td'); td.textContent = text ?? ''; if (kind) td.className = kind; return td }
 const table = (id, head, rows, empty) => { const box = document.getElementById(id); box.replaceChildren()
   if (!rows.length) { const p = document.createElement('p'); p.className = 'empty'; p.textContent = empty; box.append(p); return }

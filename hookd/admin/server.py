@@ -10,15 +10,21 @@ import errno
 from typing import TYPE_CHECKING
 
 import asyncpg
+import orjson
 import structlog
 from aiohttp import web
 
 from hookd import __version__
 from hookd.admin.access import CONSOLE, HEADERS, Access
-from hookd.admin.api import Api, problem
+from hookd.admin.actions import Actions
+from hookd.admin.api import Api
 from hookd.admin.console import PAGE, SCRIPT, STYLE
+from hookd.admin.openapi import document
+from hookd.admin.operations import PREFIX, operations, route
+from hookd.admin.problems import problem
 from hookd.config import read_token
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
+from hookd.postgres.reading import Reading
 from hookd.telemetry import CONTENT_TYPE, Telemetry
 
 if TYPE_CHECKING:
@@ -33,8 +39,11 @@ log = structlog.get_logger("hookd")
 
 BODY_MOST = 1024 * 1024
 
+LINE_MOST = 64 * 1024
+"""Of a request line: a search has a path of 1,000 characters, each of which may be twelve bytes long in a URL."""
+
 SESSIONS = 2
-"""Of the API; they are opened when it is used and closed when it is idle."""
+"""For what is done; they are opened when they are needed and closed when they are idle."""
 
 
 class AdminServer:
@@ -43,6 +52,8 @@ class AdminServer:
     def __init__(self, daemon: Daemon, database: Database) -> None:
         self._daemon = daemon
         self._pool = database.pool("admin", SESSIONS)
+        self.reading = Reading(database)
+        self.actions = Actions(self._pool, daemon)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
         self._token = read_token(daemon.config.admin.token_file)
@@ -57,6 +68,7 @@ class AdminServer:
         host, port = address
         self._access = Access(host, self._token)
         await self._pool
+        await self.reading.open()
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
         app.router.add_get(CONSOLE, _content(PAGE.replace("@VERSION@", __version__), "text/html"))
         app.router.add_get("/console.css", _content(STYLE, "text/css"))
@@ -64,8 +76,8 @@ class AdminServer:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
-        Api(self._pool, self._daemon).add_to(app.router)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._add_api(app.router)
+        self._runner = web.AppRunner(app, access_log=None, max_line_size=LINE_MOST)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()
@@ -85,6 +97,14 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
             self._pool.terminate()
+            self.reading.close()
+
+    def _add_api(self, router: web.UrlDispatcher) -> None:
+        api, described = Api(self.reading, self.actions, self._daemon), operations(Api)
+        for each in described:
+            router.add_route(*route(api, each))
+        said = orjson.dumps(document(described))
+        router.add_route("GET", f"{PREFIX}/openapi.json", _content(said, "application/json"))
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -109,12 +129,15 @@ class AdminServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            return problem(error.status, "http", error.reason)
+            answer = problem(error.status, "http", error.reason)
+            if "Allow" in error.headers:
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
         except (DatabaseUnavailable, DatabaseRefused) as error:
             return problem(503, "database", str(error))
         except asyncpg.UndefinedTableError:
             return problem(503, "database", "the database has no schema of hookd's yet")
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except Exception as error:
             if unavailable(error) is None:
                 log.exception("a request to the API failed", path=request.path)
                 return problem(500, "internal", "this should not happen; the log says more")
@@ -136,8 +159,14 @@ class AdminServer:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _content(text: str, content_type: str) -> Handler:
+def _content(said: str | bytes, content_type: str) -> Handler:
+    body = said.encode() if isinstance(said, str) else said
+
     async def content(_request: web.Request) -> web.StreamResponse:
-        return web.Response(text=text, content_type=content_type)
+        return web.Response(
+            body=body,
+            content_type=content_type,
+            charset="utf-8" if content_type.startswith("text/") else None,
+        )
 
     return content
