@@ -44,6 +44,7 @@ from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
+from hookd.tally import Counted, Tally
 from hookd.upkeep import Retention, keep_up, measure, publish
 from hookd.verification import ask
 
@@ -149,6 +150,7 @@ class Daemon:
             proxy=config.egress_proxy(),
         )
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
+        self.tally = Tally(self.node)
         self.dispatcher = Dispatcher(
             self.lanes,
             self.exchange,
@@ -234,6 +236,9 @@ class Daemon:
                 await self.recorder.empty()
         if self.tenure is not None:
             with contextlib.suppress(DatabaseUnavailable):
+                await self.tally.write(
+                    self.tenure.maintenance, self._clock.wall(), self._tallied(), last=True
+                )
                 await self.tenure.maintenance.withdraw(self.node)
         return len(self.recorder.unwritten())
 
@@ -295,6 +300,7 @@ class Daemon:
                     group.create_task(self._announce(owner, feed))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
                     group.create_task(measure(maintenance, self._measured))
+                    group.create_task(self.tally.keep(maintenance, self._clock.wall, self._tallied))
                     group.create_task(
                         publish(maintenance, self.node, self.started_at, lambda: owner.backend, self._summary)
                     )
@@ -500,6 +506,18 @@ class Daemon:
             }
         ).decode()
 
+    def _tallied(self) -> Counted:
+        counts, depth = self.dispatcher.counts, self.depth
+        return Counted(
+            counts.verdicts,
+            counts.outcomes,
+            counts.attempt_s,
+            counts.lag_s,
+            pending=int(depth.get("fresh", 0) + depth.get("scheduled", 0)),
+            oldest_s=depth.get("oldest_s", 0.0),
+            in_flight=len(self.dispatcher.in_flight()),
+        )
+
     # What the parts report.
 
     def _say_unreadable(self) -> None:
@@ -518,6 +536,7 @@ class Daemon:
         self.depth = depth
 
     def _reported(self, result: Result) -> None:
+        self.tally.count(result)
         kind, verdict = result.verdict.kind, result.verdict
         ordinary = kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
         if ordinary and self.config.log.level != "debug" and result.health is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 LEAST_VERSION = 14
 
@@ -135,10 +135,16 @@ class Database:
             raise
         return connection
 
-    def pool(self, purpose: str, most: int) -> asyncpg.Pool:
-        """A pool that opens sessions when they are needed and closes them when they are idle; enter it to use it."""
+    def pool(self, purpose: str, most: int, settings: Mapping[str, str] | None = None) -> asyncpg.Pool:
+        """
+        A pool that opens sessions when they are needed and closes them when they are idle; await it to use it.
+
+        ``settings`` hold for its sessions.
+        """
+        arguments = self._arguments(purpose)
+        arguments["server_settings"] |= settings or {}
         return asyncpg.create_pool(
-            **self._arguments(purpose), min_size=0, max_size=most, max_inactive_connection_lifetime=60
+            **arguments, min_size=0, max_size=most, max_inactive_connection_lifetime=60
         )
 
     def _arguments(self, purpose: str) -> dict[str, Any]:
