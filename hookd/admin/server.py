@@ -1,5 +1,5 @@
 """
-The admin server: JSON API, metrics, probes and the console page, on ``[admin] listen``.
+The admin server: JSON API, metrics, probes and the console, on ``[admin] listen``.
 
 Every request passes ``access`` first, and every answer leaves with its headers.
 """
@@ -13,12 +13,17 @@ import asyncpg
 import structlog
 from aiohttp import web
 
-from hookd import __version__
-from hookd.admin.access import CONSOLE, HEADERS, Access
+from hookd.admin.access import HEADERS, Access, is_page
 from hookd.admin.api import Api, problem
-from hookd.admin.console import PAGE, SCRIPT, STYLE
+from hookd.admin.sessions import Sessions
+from hookd.clock import SystemClock
 from hookd.config import read_token
+from hookd.console.pages import Console
+from hookd.console.site import Problem
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
+from hookd.postgres.pages import TooMuch
+from hookd.postgres.reading import Busy, Reading
+from hookd.postgres.search import BadFilter
 from hookd.telemetry import CONTENT_TYPE, Telemetry
 
 if TYPE_CHECKING:
@@ -36,6 +41,9 @@ BODY_MOST = 1024 * 1024
 SESSIONS = 2
 """Of the API; they are opened when it is used and closed when it is idle."""
 
+GRACE_S = 3.0
+"""For answers under way when the server stops."""
+
 
 class AdminServer:
     """Everything that answers on ``[admin] listen``."""
@@ -43,10 +51,14 @@ class AdminServer:
     def __init__(self, daemon: Daemon, database: Database) -> None:
         self._daemon = daemon
         self._pool = database.pool("admin", SESSIONS)
+        self._reading = Reading(database)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
         self._token = read_token(daemon.config.admin.token_file)
-        self._access = Access("", self._token)
+        clock = SystemClock()
+        self._sessions = Sessions(clock.wall)
+        self._access = Access("", self._token, self._sessions)
+        self._console = Console(daemon, self._reading, self._pool, self._sessions, clock.wall)
 
     async def start(self) -> str | None:
         """Listen; returns the URL, or None when it is off or the port is another's."""
@@ -55,17 +67,17 @@ class AdminServer:
         if address is None:
             return None
         host, port = address
-        self._access = Access(host, self._token)
+        self._access = Access(host, self._token, self._sessions)
         await self._pool
+        await self._reading.open()
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
-        app.router.add_get(CONSOLE, _content(PAGE.replace("@VERSION@", __version__), "text/html"))
-        app.router.add_get("/console.css", _content(STYLE, "text/css"))
-        app.router.add_get("/console.js", _content(SCRIPT, "text/javascript"))
+        app.on_response_prepare.append(_with_policy)
+        self._console.add_to(app.router, self._access)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         Api(self._pool, self._daemon).add_to(app.router)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()
@@ -77,6 +89,7 @@ class AdminServer:
             log.warning("admin server is off for this process", listen=config.admin.listen, reason=reason)
             return None
         bound = self._runner.addresses[0][1]
+        self._sessions.cookie = f"hookd_{bound}"
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def stop(self) -> None:
@@ -85,6 +98,7 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
             self._pool.terminate()
+            self._reading.close()
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -96,12 +110,13 @@ class AdminServer:
             content_type=request.content_type,
         )
         if refusal is None:
-            answer = await handler(request)
+            return await handler(request)
+        if is_page(request.path):
+            answer = self._console.refused(request, refusal)
         else:
             answer = problem(refusal.status, refusal.code, refusal.message)
-            if refusal.status == 401:
-                answer.headers["WWW-Authenticate"] = "Bearer"
-        answer.headers.update(HEADERS)
+        if refusal.status == 401:
+            answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
 
     @web.middleware
@@ -109,14 +124,28 @@ class AdminServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            return problem(error.status, "http", error.reason)
+            if error.status < 400:
+                raise
+            return self._failed(request, error.status, "http", error.reason)
         except (DatabaseUnavailable, DatabaseRefused) as error:
-            return problem(503, "database", str(error))
+            return self._failed(request, 503, "database", str(error))
+        except Problem as error:
+            return self._console.failed(request, error.status, str(error), error.title)
+        except BadFilter as error:
+            return self._failed(request, 422, "filter", str(error))
+        except (Busy, TooMuch) as error:
+            return self._failed(request, 503, "busy", str(error))
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
             if unavailable(error) is None:
-                log.exception("a request to the API failed", path=request.path)
-                return problem(500, "internal", "this should not happen; the log says more")
-            return problem(503, "database", "the database cannot be reached now")
+                log.exception("a request to the admin server failed", path=request.path)
+                return self._failed(request, 500, "internal", "this should not happen; the log says more")
+            return self._failed(request, 503, "database", "the database cannot be reached now")
+
+    def _failed(self, request: web.Request, status: int, code: str, message: str) -> web.Response:
+        """What went wrong, for a program or for a person."""
+        if is_page(request.path):
+            return self._console.failed(request, status, message)
+        return problem(status, code, message)
 
     # Pages.
 
@@ -132,8 +161,7 @@ class AdminServer:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _content(text: str, content_type: str) -> Handler:
-    async def content(_request: web.Request) -> web.StreamResponse:
-        return web.Response(text=text, content_type=content_type)
-
-    return content
+async def _with_policy(_request: web.Request, answer: web.StreamResponse) -> None:
+    """Every answer leaves with the headers; what is cached says so itself."""
+    for name, value in HEADERS.items():
+        answer.headers.setdefault(name, value)

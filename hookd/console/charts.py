@@ -134,7 +134,7 @@ def milliseconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:.0f} µs"
     if value < 1000:
-        return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+        return f"{value:.1f}".removesuffix(".0") + " ms" if value < 100 else f"{value:.0f} ms"
     seconds = value / 1000
     if seconds < 100:
         return f"{seconds:.3g} s"

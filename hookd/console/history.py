@@ -118,6 +118,7 @@ class History:
         return self._site.page(
             request,
             "delivery.html",
+            here="/deliveries",
             delivery=found,
             event=event,
             others=others,

@@ -20,7 +20,7 @@ from aiohttp import web
 from hookd.console.query import Query, read, typed_of
 from hookd.console.site import Message
 from hookd.postgres import search
-from hookd.postgres.pages import BadCursor, TooMuch
+from hookd.postgres.pages import BadCursor, Page, TooMuch
 from hookd.postgres.reading import Busy
 from hookd.postgres.search import BadFilter, Filter
 
@@ -61,7 +61,7 @@ class Live:
     async def show(self, request: web.Request) -> web.Response:
         """``GET /live``: the newest attempts, without JavaScript too."""
         message = None
-        page, asked = search.Page([], None, None, None), Query("/live", typed=typed_of(request.query, KNOWN))
+        page, asked = Page([], None, None, None), Query("/live", typed=typed_of(request.query, KNOWN))
         try:
             asked = read("/live", request.query, KNOWN, self._site.now())
             async with self._site.reading.session() as session:

@@ -49,7 +49,6 @@ class Tile:
 
     name: str
     value: str
-    unit: str = ""
     tone: str = ""
     note: str = ""
 
@@ -115,18 +114,19 @@ def tiles(rates: Rates, now: Status, name: str) -> list[Tile]:
     oldest = (now.at - queue["oldest_at"]).total_seconds() if queue["oldest_at"] else None
     waiting = queue["fresh"] + queue["waiting"]
     most = COUNT_MOST if max(queue["fresh"], queue["waiting"]) > COUNT_MOST else waiting
-    trouble = queue["failing"] + queue["disabled"]
     return [
         Tile("Attempts", per_second(recent.per_second), note=f"{count(whole.attempts)} in {name}"),
         Tile("Success", share(whole.delivered, whole.attempts), tone=tone, note=f"{count(whole.failed)} failed"),
         Tile("Lag, p95", shown_ms(whole.lag_ms.p95), note=f"p50 {shown_ms(whole.lag_ms.p50)}"),
         Tile("Latency, p95", shown_ms(whole.latency_ms.p95), note=f"p50 {shown_ms(whole.latency_ms.p50)}"),
         Tile("In the queue", bounded(waiting, most), note=f"{bounded(queue['waiting'], COUNT_MOST)} for later"),
-        Tile("Oldest pending", span(oldest, parts=1) if oldest is not None else "–"),
-        Tile("In flight", count(now.total("in_flight")), note=f"{len(now.nodes)} {'daemon' if len(now.nodes) == 1 else 'daemons'}"),
-        Tile("Dead letters", bounded(queue["dead_letters"], COUNT_MOST), tone="wait" if queue["dead_letters"] else ""),
+        Tile("Oldest pending", span(oldest, parts=1) if oldest is not None else "–", note=f"{count(now.total('in_flight'))} in flight"),
         Tile(
-            "Endpoints in trouble", count(trouble), tone="wait" if trouble else "",
+            "Dead letters", bounded(queue["dead_letters"], COUNT_MOST), tone="wait" if queue["dead_letters"] else "",
+            note="not sent again",
+        ),
+        Tile(
+            "Failing endpoints", count(queue["failing"]), tone="wait" if queue["failing"] else "",
             note=f"{queue['disabled']} disabled, {queue['paused']} paused",
         ),
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def lane(found: Lane) -> dict[str, Any]:
     """A lane as its row shows it."""
     tone = "bad" if found.breaker_open else "wait" if found.stopped or found.failed_lately else "good"
     state = {"bad": "exhausted", "wait": "retry", "good": "ok"}[tone]
-    word = WHY.get(found.why, found.why)
+    word = "failed lately" if found.why == "idle" and found.failed_lately else WHY.get(found.why, found.why)
     if found.stopped and found.held_s >= 1:
         word += f", {span(found.held_s, parts=1)} more"
     limit = found.concurrency or found.cap
