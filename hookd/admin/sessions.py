@@ -40,6 +40,11 @@ class Sessions:
         """Whether a ``Cookie`` header has a session that is open."""
         return self._found(cookies) is not None
 
+    def name(self, cookies: str) -> str:
+        """What the audit trail calls a session; empty where there is none.  It opens nothing."""
+        found = self._found(cookies)
+        return f"session {found[1][:6]}" if found is not None else ""
+
     def close(self, cookies: str) -> None:
         """Log out: the cookie is worth nothing any more, wherever else it is kept."""
         found = self._found(cookies)

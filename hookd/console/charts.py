@@ -71,7 +71,7 @@ class Chart:
 
 def nice(most: float) -> float:
     """The smallest round number that is not below ``most``."""
-    if most <= 0 or not math.isfinite(most):
+    if most < 1e-9 or not math.isfinite(most):
         return 1.0
     size = 10.0 ** math.floor(math.log10(most))
     return next(step * size for step in STEPS if step * size >= most * (1 - 1e-9))

@@ -78,7 +78,7 @@ class History:
             message=message,
             page=page,
             address=asked,
-            resend=asked.at("/resend") if "event" in known else "",
+            resend=asked.at("/resend"),
             **values,
         )
 

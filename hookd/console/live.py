@@ -130,20 +130,25 @@ class Tail:
         self._wanted = wanted
         self._seen: dict[tuple[Any, ...], datetime.datetime] = {}
         self._begun = False
+        self._from = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        """What began before the first row that was shown is old."""
 
     async def look(self, session: asyncpg.Connection, now: datetime.datetime) -> tuple[list[dict[str, Any]], bool]:
         """Rows that were not there before, oldest first; and whether there were more than a look takes."""
         recent = replace(self._wanted, since=now - BACK)
         page = await search.attempts(session, recent, None, SHOWN)
-        rows = page.rows
-        if page.older is not None and not self._wanted.states:
-            rows = rows + (await search.attempts(session, replace(recent, failed=True), None, SHOWN)).rows
+        rows = list(page.rows)
+        if page.older is not None and self._begun and not self._wanted.states:
+            rows += (await search.attempts(session, replace(recent, failed=True), None, SHOWN)).rows
         fresh = {}
         for row in rows:
             if _key(row) not in self._seen:
                 fresh[_key(row)] = row
         more = self._begun and page.older is not None and all(_key(r) in fresh for r in page.rows)
-        self._begun = True
+        if not self._begun:
+            self._begun = True
+            self._from = min((r["at"] for r in page.rows), default=now - BACK)
+        fresh = {k: r for k, r in fresh.items() if r["at"] >= self._from}
         # what began before the look goes is not met again
         self._seen = {k: at for k, at in self._seen.items() if at >= now - BACK} | {k: r["at"] for k, r in fresh.items()}
         return sorted(fresh.values(), key=lambda r: (r["at"], r["delivery_id"], r["attempt"])), more

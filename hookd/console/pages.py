@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hookd.console.changes import Changes
 from hookd.console.endpoints import Endpoints
 from hookd.console.history import History
 from hookd.console.live import Live
 from hookd.console.overview import Overview
 from hookd.console.site import Site
+from hookd.console.trail import Trail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import asyncpg
     from aiohttp import web
 
     from hookd.admin.access import Access, Refusal
+    from hookd.admin.actions import Actions
     from hookd.admin.sessions import Sessions
     from hookd.daemon import Daemon
     from hookd.postgres.reading import Reading
@@ -28,15 +30,18 @@ class Console:
     """All pages."""
 
     def __init__(
-        self, daemon: Daemon, reading: Reading, pool: asyncpg.Pool, sessions: Sessions, wall: Callable[[], float]
+        self, daemon: Daemon, reading: Reading, actions: Actions, sessions: Sessions, wall: Callable[[], float]
     ) -> None:
-        self._site = Site(daemon, reading, pool, sessions, wall)
+        self._site = Site(daemon, reading, sessions, wall)
+        self._actions = actions
 
     def add_to(self, router: web.UrlDispatcher, access: Access) -> None:
         """Add all routes."""
         self._site.add_to(router, access)
-        for part in (Overview(self._site), Endpoints(self._site), History(self._site), Live(self._site)):
-            part.add_to(router)
+        # an earlier route wins: /endpoints/add is no id
+        Changes(self._site, self._actions).add_to(router)
+        for part in (Overview, Endpoints, History, Live, Trail):
+            part(self._site).add_to(router)
 
     def refused(self, request: web.Request, refusal: Refusal) -> web.Response:
         """For who may not ask."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,9 +16,7 @@ from hookd import __version__
 from hookd.console.shown import filters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
-
-    import asyncpg
+    from collections.abc import Callable, Mapping
 
     from hookd.admin.access import Access, Refusal
     from hookd.admin.sessions import Sessions
@@ -57,13 +54,12 @@ class Site:
     """Renders pages."""
 
     def __init__(
-        self, daemon: Daemon, reading: Reading, pool: asyncpg.Pool, sessions: Sessions, wall: Callable[[], float]
+        self, daemon: Daemon, reading: Reading, sessions: Sessions, wall: Callable[[], float]
     ) -> None:
-        """``reading`` has the sessions for looking, ``pool`` those for changing; ``wall`` is seconds since the epoch."""
+        """``wall`` is seconds since the epoch."""
         self.daemon = daemon
         self.reading = reading
         self.sessions = sessions
-        self._pool = pool
         self._wall = wall
         self._environment = Environment(
             loader=FileSystemLoader(HERE / "templates"),
@@ -87,12 +83,6 @@ class Site:
         router.add_get("/login", door.show)
         router.add_post("/login", door.log_in)
         router.add_post("/logout", door.log_out)
-
-    @contextlib.asynccontextmanager
-    async def session(self) -> AsyncIterator[asyncpg.Connection]:
-        """A session that may change something."""
-        async with self._pool.acquire() as connection:
-            yield cast("asyncpg.Connection", connection)
 
     def now(self) -> datetime.datetime:
         """The time that pages are about."""
