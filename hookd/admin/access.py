@@ -90,7 +90,9 @@ class Access:
             return Refusal(415, "content_type", f"send {FORM if page else 'application/json'}")
         own = self._own(headers, host)
         if page and not reads and not own:
-            return Refusal(403, "cross_site", "forms are taken from the console's own pages; programs use /api/v1")
+            return Refusal(
+                403, "cross_site", "forms are taken from the console's own pages; programs use /api/v1"
+            )
         if not self._token or path in WITHOUT_TOKEN or self.has_token(headers.get("Authorization", "")):
             return None
         if self.has_session(headers) and (reads or own):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-import asyncpg
+import orjson
 import structlog
 from aiohttp import web
 
 from hookd.admin.access import HEADERS, Access, is_page
-from hookd.admin.api import Api, problem
+from hookd.admin.actions import Actions
+from hookd.admin.api import Api
+from hookd.admin.openapi import document
+from hookd.admin.operations import PREFIX, operations, route
+from hookd.admin.problems import problem
 from hookd.admin.sessions import Sessions
-from hookd.clock import SystemClock
 from hookd.config import read_token
 from hookd.console.pages import Console
 from hookd.console.site import Problem
@@ -39,7 +42,7 @@ log = structlog.get_logger("hookd")
 BODY_MOST = 1024 * 1024
 
 SESSIONS = 2
-"""Of the API; they are opened when it is used and closed when it is idle."""
+"""For what is done; they are opened when they are needed and closed when they are idle."""
 
 GRACE_S = 3.0
 """For answers under way when the server stops."""
@@ -51,14 +54,14 @@ class AdminServer:
     def __init__(self, daemon: Daemon, database: Database) -> None:
         self._daemon = daemon
         self._pool = database.pool("admin", SESSIONS)
-        self._reading = Reading(database)
+        self.reading = Reading(database)
+        self.actions = Actions(self._pool, daemon)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
         self._token = read_token(daemon.config.admin.token_file)
-        clock = SystemClock()
-        self._sessions = Sessions(clock.wall)
+        self._sessions = Sessions(daemon.wall)
         self._access = Access("", self._token, self._sessions)
-        self._console = Console(daemon, self._reading, self._pool, self._sessions, clock.wall)
+        self._console = Console(daemon, self.reading, self.actions, self._sessions, daemon.wall)
 
     async def start(self) -> str | None:
         """Listen; returns the URL, or None when it is off or the port is another's."""
@@ -69,14 +72,14 @@ class AdminServer:
         host, port = address
         self._access = Access(host, self._token, self._sessions)
         await self._pool
-        await self._reading.open()
+        await self.reading.open()
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
         app.on_response_prepare.append(_with_policy)
         self._console.add_to(app.router, self._access)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
-        Api(self._pool, self._daemon).add_to(app.router)
+        self._add_api(app.router)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S)
         await self._runner.setup()
         try:
@@ -98,7 +101,18 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
             self._pool.terminate()
-            self._reading.close()
+            self.reading.close()
+
+    def _add_api(self, router: web.UrlDispatcher) -> None:
+        api, described = Api(self.reading, self.actions, self._daemon), operations(Api)
+        for each in described:
+            router.add_route(*route(api, each))
+        said = orjson.dumps(document(described))
+
+        async def openapi(_request: web.Request) -> web.Response:
+            return web.Response(body=said, content_type="application/json")
+
+        router.add_route("GET", f"{PREFIX}/openapi.json", openapi)
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -126,7 +140,10 @@ class AdminServer:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return self._failed(request, error.status, "http", error.reason)
+            answer = self._failed(request, error.status, "http", error.reason)
+            if "Allow" in error.headers:
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
         except (DatabaseUnavailable, DatabaseRefused) as error:
             return self._failed(request, 503, "database", str(error))
         except Problem as error:
@@ -135,7 +152,7 @@ class AdminServer:
             return self._failed(request, 422, "filter", str(error))
         except (Busy, TooMuch) as error:
             return self._failed(request, 503, "busy", str(error))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except Exception as error:
             if unavailable(error) is None:
                 log.exception("a request to the admin server failed", path=request.path)
                 return self._failed(request, 500, "internal", "this should not happen; the log says more")

@@ -11,16 +11,15 @@ from hookd.admin.actions import Selection
 from hookd.admin.problems import Refused
 from hookd.admin.schema import EndpointPatch, NewEndpoint
 from hookd.config import duration
+from hookd.console.charts import milliseconds
 from hookd.console.endpoints import found
 from hookd.console.history import delivery_of, request_text
-from hookd.console.query import Query, read, typed_of, uuid
-from hookd.console.shown import milliseconds
+from hookd.console.query import Query, read, uuid
 from hookd.console.site import Message, Problem
 from hookd.core.model import Secret
 from hookd.core.signing import public_key
-from hookd.core.words import bounded, several, span
+from hookd.core.words import several, span
 from hookd.postgres.audit import Actor
-from hookd.postgres.search import BadFilter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +60,9 @@ class Changes:
 
     def _actor(self, request: web.Request) -> Actor:
         """Who acts, as far as it is known: there are sessions, not names."""
-        return Actor("console", self._site.sessions.name(request.headers.get("Cookie", "")) or str(request.remote))
+        return Actor(
+            "console", self._site.sessions.name(request.headers.get("Cookie", "")) or str(request.remote)
+        )
 
     # Endpoints.
 
@@ -73,11 +74,16 @@ class Changes:
         """``POST /endpoints/add``: registers, and shows the secret this once."""
         typed = EMPTY | {"ordered": ""} | await _typed(request)
         try:
-            wanted = msgspec.convert(_settings(typed, clear=False) | {"tenant": typed["tenant"], "key_type": typed["key_type"]}, NewEndpoint)
+            wanted = msgspec.convert(
+                _settings(typed, clear=False) | {"tenant": typed["tenant"], "key_type": typed["key_type"]},
+                NewEndpoint,
+            )
             added = await self._actions.add(self._actor(request), wanted)
         except (Refused, Wrong, msgspec.ValidationError) as problem:
             return self._form(request, None, typed, _said(problem))
-        return self._secret(request, added.record, added.secret, "Registered", verification=added.verification)
+        return self._secret(
+            request, added.record, added.secret, "Registered", verification=added.verification
+        )
 
     async def edit(self, request: web.Request) -> web.Response:
         """``GET /endpoints/ID/edit``."""
@@ -119,7 +125,9 @@ class Changes:
             raise _stays(problem) from None
         asked = resumed.verification
         if asked is not None and not asked.verified:
-            raise Problem(409, "Not verified", f"It receives nothing until it answers its challenge: {asked.reason}.")
+            raise Problem(
+                409, "Not verified", f"It receives nothing until it answers its challenge: {asked.reason}."
+            )
         count = f"&n={resumed.queued}" if resumed.queued else ""
         raise web.HTTPSeeOther(f"/endpoints/{wanted}?done=resumed{count}")
 
@@ -131,7 +139,9 @@ class Changes:
         except Refused as problem:
             raise _stays(problem) from None
         if checked.verification is not None and not checked.verification.verified:
-            raise Problem(409, "Not verified", f"It did not answer the challenge: {checked.verification.reason}.")
+            raise Problem(
+                409, "Not verified", f"It did not answer the challenge: {checked.verification.reason}."
+            )
         raise web.HTTPSeeOther(f"/endpoints/{wanted}?done=verified")
 
     async def rotate(self, request: web.Request) -> web.Response:
@@ -145,7 +155,11 @@ class Changes:
         except Refused as problem:
             raise _stays(problem) from None
         return self._secret(
-            request, added.record, added.secret, "A new secret", overlap=f"the old one signs too for {span(overlap_s)}"
+            request,
+            added.record,
+            added.secret,
+            "A new secret",
+            overlap=f"the old one signs too for {span(overlap_s)}",
         )
 
     async def test(self, request: web.Request) -> web.Response:
@@ -248,9 +262,13 @@ class Changes:
             replayed = await self._actions.replay(self._actor(request), selection)
         except Refused as problem:
             raise _stays(problem) from None
-        raise web.HTTPSeeOther(f"{asked.at('/deliveries')}{'&' if asked.typed else '?'}done=resent&n={replayed.queued}")
+        raise web.HTTPSeeOther(
+            f"{asked.at('/deliveries')}{'&' if asked.typed else '?'}done=resent&n={replayed.queued}"
+        )
 
-    def _confirm(self, request: web.Request, asked: Query, selection: Selection, matching: int) -> web.Response:
+    def _confirm(
+        self, request: web.Request, asked: Query, selection: Selection, matching: int
+    ) -> web.Response:
         return self._site.page(
             request,
             "resend.html",

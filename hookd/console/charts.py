@@ -77,7 +77,9 @@ def nice(most: float) -> float:
     return next(step * size for step in STEPS if step * size >= most * (1 - 1e-9))
 
 
-def stacked(title: str, names: Sequence[str], series: Sequence[Series], word: Callable[[float], str]) -> Chart:
+def stacked(
+    title: str, names: Sequence[str], series: Sequence[Series], word: Callable[[float], str]
+) -> Chart:
     """Bars, one series upon the other."""
     totals = [sum(values) for values in zip(*[[v or 0.0 for v in s.values] for s in series], strict=True)]
     top = nice(max(totals, default=0.0))
@@ -117,7 +119,9 @@ def spark(good: Sequence[int], bad: Sequence[int]) -> tuple[str, str]:
         for path, value in ((paths[0], g), (paths[1], b)):
             if value:
                 height = max(2.0, value / top * 20)
-                path.append(f"M{n * slot:.1f} {20 - below - height:.1f}h{slot * 0.8:.1f}v{height:.1f}h-{slot * 0.8:.1f}z")
+                path.append(
+                    f"M{n * slot:.1f} {20 - below - height:.1f}h{slot * 0.8:.1f}v{height:.1f}h-{slot * 0.8:.1f}z"
+                )
                 below = min(18.0, below + height)
     return "".join(paths[0]), "".join(paths[1])
 
@@ -168,11 +172,15 @@ def _chart(
 ) -> Chart:
     slot = WIDTH / max(1, len(names))
     rows = [
-        (name, [word(v) if v is not None else "–" for v in values])
+        (name, [word(v) if v is not None else "-" for v in values])
         for name, values in zip(names, zip(*(s.values for s in series), strict=True), strict=True)
     ]
     hits = [
-        Hit(n * slot, slot, f"{name}: " + ", ".join(f"{s.name} {v}" for s, v in zip(series, values, strict=True)))
+        Hit(
+            n * slot,
+            slot,
+            f"{name}: " + ", ".join(f"{s.name} {v}" for s, v in zip(series, values, strict=True)),
+        )
         for n, (name, values) in enumerate(rows)
     ]
     # spread from edge to edge: the first, the last, and some between

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from hookd.console.charts import Series, count, lines, milliseconds, spark, stacked
 from hookd.console.overview import cause
@@ -19,6 +18,7 @@ from hookd.postgres.status import lanes_of, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from uuid import UUID
 
     from aiohttp import web
 
@@ -76,7 +76,9 @@ class Endpoints:
         async with self._site.reading.session() as session:
             record = await found(session, wanted)
             hours = await overview.endpoint_hours(session, [wanted], hours=HEALTH_HOURS)
-            failures = await overview.failures(session, since=now - datetime.timedelta(hours=24), endpoint=wanted)
+            failures = await overview.failures(
+                session, since=now - datetime.timedelta(hours=24), endpoint=wanted
+            )
             latest = await search.deliveries(session, search.Filter(endpoint=wanted), None, LATEST)
             trail = await audit.entries(session, audit.Sought(endpoint=wanted), None, LATEST)
             lanes = {lane.host: lane for lane in lanes_of(await nodes(session))}
@@ -115,7 +117,9 @@ def standing(record: EndpointRecord) -> tuple[str, str]:
     return record.state, record.state_reason or ""
 
 
-def listed(record: EndpointRecord, hours: Sequence[Mapping[str, Any]], now: datetime.datetime) -> dict[str, Any]:
+def listed(
+    record: EndpointRecord, hours: Sequence[Mapping[str, Any]], now: datetime.datetime
+) -> dict[str, Any]:
     """An endpoint as a row."""
     state, note = standing(record)
     _, slots = filled(hours, HOURS, now)
@@ -173,5 +177,7 @@ def charts(hours: Sequence[Mapping[str, Any]], now: datetime.datetime) -> list[C
 
 def entry(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of the audit trail, with its details as text."""
-    details = ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in row["details"].items())
+    details = ", ".join(
+        f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in row["details"].items()
+    )
     return dict(row) | {"shown": details}

@@ -97,7 +97,9 @@ class History:
         async with self._site.reading.session() as session:
             found = await timeline.find(session, number) if number.isdigit() else None
         if found is None:
-            raise Problem(404, "No such delivery", f"There is no delivery {number[:40]}, or it is past its retention.")
+            raise Problem(
+                404, "No such delivery", f"There is no delivery {number[:40]}, or it is past its retention."
+            )
         raise web.HTTPSeeOther(f"/events/{found.event}/{found.delivery}")
 
     async def delivery(self, request: web.Request) -> web.Response:
@@ -105,13 +107,20 @@ class History:
         event_id, number = delivery_of(request)
         daemon = self._site.daemon
         async with self._site.reading.session() as session:
-            found = await timeline.delivery(session, number, event_id, wire=daemon.wire(), keyring=daemon.keyring)
+            found = await timeline.delivery(
+                session, number, event_id, wire=daemon.wire(), keyring=daemon.keyring
+            )
             event = await timeline.event(session, event_id)
         if found is None:
             raise Problem(404, "No such delivery", f"Event {event_id} has no delivery {number}.")
-        siblings = [d for d in (event or {}).get("deliveries", ()) if d["endpoint_id"] == found["endpoint_id"]]
+        siblings = [
+            d for d in (event or {}).get("deliveries", ()) if d["endpoint_id"] == found["endpoint_id"]
+        ]
         others = [
-            {"delivery_id": d["delivery_id"], "word": "resent later" if d["delivery_id"] > number else "the one before"}
+            {
+                "delivery_id": d["delivery_id"],
+                "word": "resent later" if d["delivery_id"] > number else "the one before",
+            }
             for d in siblings
             if d["delivery_id"] != number
         ]
@@ -180,7 +189,13 @@ def bars(phases: list[dict[str, Any]], total_ms: float) -> list[dict[str, Any]]:
     for phase in phases:
         width = phase["ms"] * scale
         found.append(
-            {"name": PHASES[phase["name"]], "kind": KINDS[phase["name"]], "ms": phase["ms"], "x": f"{x:.1f}", "width": f"{width:.1f}"}
+            {
+                "name": PHASES[phase["name"]],
+                "kind": KINDS[phase["name"]],
+                "ms": phase["ms"],
+                "x": f"{x:.1f}",
+                "width": f"{width:.1f}",
+            }
         )
         x += width
     return found
@@ -188,12 +203,19 @@ def bars(phases: list[dict[str, Any]], total_ms: float) -> list[dict[str, Any]]:
 
 def request_text(request: Mapping[str, Any]) -> str:
     """A request as it went over the wire."""
-    lines = [f"{request['method']} {request['url']}", *(f"{name}: {value}" for name, value in request["headers"])]
+    lines = [
+        f"{request['method']} {request['url']}",
+        *(f"{name}: {value}" for name, value in request["headers"]),
+    ]
     return "\n".join(lines) + f"\n\n{request['body']}"
 
 
 def curl(request: Mapping[str, Any]) -> str:
     """The same for a shell; what curl sets itself is left out."""
     own = ("host", "content-length", "accept-encoding")
-    headers = [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in request["headers"] if name not in own]
-    return " ".join(["curl", "-i", *headers, f"--data-binary {shlex.quote(request['body'])}", shlex.quote(request["url"])])
+    headers = [
+        f"-H {shlex.quote(f'{name}: {value}')}" for name, value in request["headers"] if name not in own
+    ]
+    return " ".join(
+        ["curl", "-i", *headers, f"--data-binary {shlex.quote(request['body'])}", shlex.quote(request["url"])]
+    )

@@ -43,7 +43,11 @@ BACK = datetime.timedelta(seconds=60)
 
 KNOWN = search.ATTEMPT_FILTERS - {"since", "until", "failed"}
 
-HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
 
 
 class Live:
@@ -114,7 +118,9 @@ class Live:
                 break
             else:
                 if rows:
-                    await _say(answer, "rows", self._site.render("rows.html", rows=rows, now=self._site.now()))
+                    await _say(
+                        answer, "rows", self._site.render("rows.html", rows=rows, now=self._site.now())
+                    )
                 if more:
                     await _say(answer, "left-out", f"more than {SHOWN} a second, the newest are shown")
                 if not rows:
@@ -133,7 +139,9 @@ class Tail:
         self._from = datetime.datetime.min.replace(tzinfo=datetime.UTC)
         """What began before the first row that was shown is old."""
 
-    async def look(self, session: asyncpg.Connection, now: datetime.datetime) -> tuple[list[dict[str, Any]], bool]:
+    async def look(
+        self, session: asyncpg.Connection, now: datetime.datetime
+    ) -> tuple[list[dict[str, Any]], bool]:
         """Rows that were not there before, oldest first; and whether there were more than a look takes."""
         recent = replace(self._wanted, since=now - BACK)
         page = await search.attempts(session, recent, None, SHOWN)
@@ -150,7 +158,9 @@ class Tail:
             self._from = min((r["at"] for r in page.rows), default=now - BACK)
         fresh = {k: r for k, r in fresh.items() if r["at"] >= self._from}
         # what began before the look goes is not met again
-        self._seen = {k: at for k, at in self._seen.items() if at >= now - BACK} | {k: r["at"] for k, r in fresh.items()}
+        self._seen = {k: at for k, at in self._seen.items() if at >= now - BACK} | {
+            k: r["at"] for k, r in fresh.items()
+        }
         return sorted(fresh.values(), key=lambda r: (r["at"], r["delivery_id"], r["attempt"])), more
 
 

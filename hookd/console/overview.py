@@ -86,7 +86,9 @@ class Overview:
                 else ""
             ),
             lanes=[lane(found) for found in now.lanes],
-            lanes_note=f"{now.lanes_left_out:,} more without trouble" if now.lanes_left_out else "those in trouble first",
+            lanes_note=f"{now.lanes_left_out:,} more without trouble"
+            if now.lanes_left_out
+            else "those in trouble first",
         )
 
 
@@ -120,7 +122,7 @@ def tiles(rates: Rates, now: Status, name: str) -> list[Tile]:
         Tile("Lag, p95", shown_ms(whole.lag_ms.p95), note=f"p50 {shown_ms(whole.lag_ms.p50)}"),
         Tile("Latency, p95", shown_ms(whole.latency_ms.p95), note=f"p50 {shown_ms(whole.latency_ms.p50)}"),
         Tile("In the queue", bounded(waiting, most), note=f"{bounded(queue['waiting'], COUNT_MOST)} for later"),
-        Tile("Oldest pending", span(oldest, parts=1) if oldest is not None else "–", note=f"{count(now.total('in_flight'))} in flight"),
+        Tile("Oldest pending", span(oldest, parts=1) if oldest is not None else "-", note=f"{count(now.total('in_flight'))} in flight"),
         Tile(
             "Dead letters", bounded(queue["dead_letters"], COUNT_MOST), tone="wait" if queue["dead_letters"] else "",
             note="not sent again",
@@ -134,7 +136,7 @@ def tiles(rates: Rates, now: Status, name: str) -> list[Tile]:
 
 def shown_ms(value: float | None) -> str:
     """A time, or that there is none."""
-    return milliseconds(value) if value is not None else "–"
+    return milliseconds(value) if value is not None else "-"
 
 
 def charts(intervals: Sequence[Interval], names_of: str) -> list[Chart]:
@@ -150,7 +152,12 @@ def charts(intervals: Sequence[Interval], names_of: str) -> list[Chart]:
             ],
             count,
         ),
-        stacked("In the queue, at most", names, [Series("pending", "p50", [float(i.pending) for i in intervals])], count),
+        stacked(
+            "In the queue, at most",
+            names,
+            [Series("pending", "p50", [float(i.pending) for i in intervals])],
+            count,
+        ),
         percentiles("Lag: insert to first byte", names, [i.lag_ms for i in intervals]),
         percentiles("Latency of an attempt", names, [i.latency_ms for i in intervals]),
     ]
@@ -166,8 +173,16 @@ def cause(found: dict[str, Any]) -> dict[str, Any]:
     """A group of failures in words, and where its attempts are listed."""
     endpoints = found["endpoints"]
     where = (found["host"] or "a removed endpoint") if endpoints == 1 else f"{endpoints} endpoints"
-    asked = {"outcome": found["outcome"], "status": found["status"], "endpoint": found["endpoint_id"] if endpoints == 1 else None}
-    href = "/live?" + urlencode({k: v for k, v in asked.items() if v}) if found["outcome"] else "/live?state=exhausted"
+    asked = {
+        "outcome": found["outcome"],
+        "status": found["status"],
+        "endpoint": found["endpoint_id"] if endpoints == 1 else None,
+    }
+    href = (
+        "/live?" + urlencode({k: v for k, v in asked.items() if v})
+        if found["outcome"]
+        else "/live?state=exhausted"
+    )
     return {
         "count": f"{found['failures']:,}",
         "cause": found["reason"] or f"answered {found['status']}",
@@ -203,5 +218,7 @@ def lane(found: Lane) -> dict[str, Any]:
         "full": used >= 100,
         "rate": f"{found.rate:g}/s" if found.rate else "none",
         "queued": f"{found.queued:,}+" if found.queued_more else f"{found.queued:,}",
-        "problem": f"{found.problem}, {span(found.problem_s, parts=1)} ago" if found.problem_s is not None else "",
+        "problem": f"{found.problem}, {span(found.problem_s, parts=1)} ago"
+        if found.problem_s is not None
+        else "",
     }

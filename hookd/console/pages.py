@@ -23,14 +23,26 @@ if TYPE_CHECKING:
     from hookd.daemon import Daemon
     from hookd.postgres.reading import Reading
 
-TITLES = {403: "Refused", 404: "Not found", 405: "Not allowed", 422: "Not understood", 500: "Something failed", 503: "Not now"}
+TITLES = {
+    403: "Refused",
+    404: "Not found",
+    405: "Not allowed",
+    422: "Not understood",
+    500: "Something failed",
+    503: "Not now",
+}
 
 
 class Console:
     """All pages."""
 
     def __init__(
-        self, daemon: Daemon, reading: Reading, actions: Actions, sessions: Sessions, wall: Callable[[], float]
+        self,
+        daemon: Daemon,
+        reading: Reading,
+        actions: Actions,
+        sessions: Sessions,
+        wall: Callable[[], float],
     ) -> None:
         self._site = Site(daemon, reading, sessions, wall)
         self._actions = actions

@@ -16,7 +16,20 @@ from hookd.postgres.search import STATES, BadFilter, Filter
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-FIELDS = ("event", "delivery", "endpoint", "tenant", "type", "state", "outcome", "status", "path", "replayed", "since", "until")
+FIELDS = (
+    "event",
+    "delivery",
+    "endpoint",
+    "tenant",
+    "type",
+    "state",
+    "outcome",
+    "status",
+    "path",
+    "replayed",
+    "since",
+    "until",
+)
 """Names in the URL."""
 
 WORD = re.compile(r"""([A-Za-z_][\w.\-]*):("(?:[^"\\]|\\.)*"|\S*)|(\S+)""")
@@ -93,7 +106,9 @@ def words(line: str) -> dict[str, str]:
         elif name.startswith(("data.", "payload.")):
             found["path"] = path_to(name.partition(".")[2], value)
         else:
-            raise BadFilter(f"{name!r} is nothing to search by: {', '.join(FIELDS)}, or data.KEY for a value in the payload")
+            raise BadFilter(
+                f"{name!r} is nothing to search by: {', '.join(FIELDS)}, or data.KEY for a value in the payload"
+            )
     return found
 
 

@@ -23,7 +23,7 @@ TONES = {
 }  # fmt: skip
 """How a state is coloured; what is not here is grey."""
 
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
+PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
 """Of a text that is known to be JSON."""
 
 PRETTY_MOST = 256 * 1024
@@ -39,11 +39,9 @@ def tone(state: str | None) -> str:
 
 
 def when(at: datetime.datetime | None, now: datetime.datetime, *, exact: bool = False) -> Markup:
-    """
-    A time in UTC: of today's only the hour, and how long ago on hover; ``exact`` gives all of it, with milliseconds.
-    """
+    """A time in UTC: of today's only the hour, and how long ago on hover; ``exact`` gives all of it, with milliseconds."""
     if at is None:
-        return Markup('<span class="dim">–</span>')
+        return Markup('<span class="dim">-</span>')
     at = at.astimezone(datetime.UTC)
     if exact:
         said = f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03}"
@@ -82,7 +80,7 @@ def short(value: Any) -> Markup:
 def share(part: float, whole: float) -> str:
     """A share: ``99.95 %``, never rounded up to 100."""
     if not whole:
-        return "–"
+        return "-"
     of = part / whole * 100
     if part >= whole:
         return "100 %"
@@ -102,16 +100,16 @@ def pretty(text: str) -> str:
     except (ValueError, RecursionError):
         return text
     lines, depth = [""], 0
-    tokens = TOKEN.findall(text)
-    for n, token in enumerate(tokens):
-        if token in "]}":
+    pieces = PIECE.findall(text)
+    for n, piece in enumerate(pieces):
+        if piece in "]}":
             depth -= 1
-            if tokens[n - 1] not in "[{":
+            if pieces[n - 1] not in "[{":
                 lines.append("  " * depth)
-        lines[-1] += token + (" " if token == ":" else "")
-        if token in "[{":
+        lines[-1] += piece + (" " if piece == ":" else "")
+        if piece in "[{":
             depth += 1
-        if token == "," or (token in "[{" and tokens[n + 1] not in "]}"):
+        if piece == "," or (piece in "[{" and pieces[n + 1] not in "]}"):
             lines.append("  " * depth)
     return "\n".join(lines)
 
@@ -120,7 +118,7 @@ def filters() -> dict[str, Callable[..., Any]]:
     """What the templates may call, by name."""
     return {
         "tone": tone, "when": when, "ago": ago, "size": size, "short": short, "share": share, "pretty": pretty,
-        "ms": lambda value: milliseconds(value) if value is not None else "–",
-        "count": lambda value: count(value) if value is not None else "–",
+        "ms": lambda value: milliseconds(value) if value is not None else "-",
+        "count": lambda value: count(value) if value is not None else "-",
         "bounded": bounded, "several": several, "span": span, "cut": lambda text: text[:BODY_MOST],
     }  # fmt: skip

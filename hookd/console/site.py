@@ -93,7 +93,13 @@ class Site:
         return self._environment.get_template(name).render(**values)
 
     def page(
-        self, request: web.Request, template: str, *, status: int = 200, message: Message | None = None, **values: Any
+        self,
+        request: web.Request,
+        template: str,
+        *,
+        status: int = 200,
+        message: Message | None = None,
+        **values: Any,
     ) -> web.Response:
         """A whole page; ``message`` is said on top, else what the URL says was done."""
         theme = request.cookies.get("hookd_theme", "")
@@ -115,12 +121,13 @@ class Site:
     def refused(self, request: web.Request, refusal: Refusal) -> web.Response:
         """For who may not ask: the log-in page where a token is missing."""
         if refusal.status == 401:
-            return self.log_in_page(request, status=401)
+            return self.log_in_page(request, request.path_qs, status=401)
         return self.problem(request, refusal.status, "Refused", refusal.message)
 
-    def log_in_page(self, request: web.Request, *, status: int = 200, wrong: bool = False) -> web.Response:
-        """Asks for the token, and goes on to what was asked for."""
-        wanted = request.query.get("next", "/") if request.path == "/login" else request.path_qs
+    def log_in_page(
+        self, request: web.Request, wanted: str, *, status: int = 200, wrong: bool = False
+    ) -> web.Response:
+        """Asks for the token, and goes on to what was wanted."""
         # a link on another site leads here without the cookie, which is sent to requests of this site only
         again = request.method == "GET" and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
         return self.page(
@@ -148,7 +155,7 @@ class Door:
         """``GET /login``."""
         if not self._access.needs_token:
             raise web.HTTPSeeOther("/")
-        return self._site.log_in_page(request)
+        return self._site.log_in_page(request, "/")
 
     async def log_in(self, request: web.Request) -> web.Response:
         """``POST /login``: the token once, then a cookie."""
@@ -157,7 +164,7 @@ class Door:
         if not self._access.needs_token:
             raise web.HTTPSeeOther("/")
         if not self._access.is_token(given):
-            return self._site.log_in_page(request, status=401, wrong=True)
+            return self._site.log_in_page(request, wanted, status=401, wrong=True)
         answer = web.Response(status=303, headers={"Location": wanted})
         answer.set_cookie(
             self._site.sessions.cookie,

@@ -37,7 +37,11 @@ class Trail:
             asked = read("/audit", request.query, KNOWN, self._site.now())
             wanted = asked.filter
             sought = audit.Sought(
-                endpoint=wanted.endpoint, event=wanted.event, tenant=wanted.tenant, since=wanted.since, until=wanted.until
+                endpoint=wanted.endpoint,
+                event=wanted.event,
+                tenant=wanted.tenant,
+                since=wanted.since,
+                until=wanted.until,
             )
             async with self._site.reading.session() as session:
                 page = await audit.entries(session, sought, asked.cursor)
@@ -45,5 +49,10 @@ class Trail:
             message = Message("bad", f"{problem}.")
         page.rows[:] = [entry(row) for row in page.rows]
         return self._site.page(
-            request, "audit.html", status=200 if message is None else 422, message=message, page=page, address=asked
+            request,
+            "audit.html",
+            status=200 if message is None else 422,
+            message=message,
+            page=page,
+            address=asked,
         )

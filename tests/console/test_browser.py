@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-WAIT_MS = 30_000
+WAIT_MS = 15_000
 
 PAGES = (
-    "/", "/?range=7d", "/endpoints", "/endpoints/add", "/endpoints/{good}", "/endpoints/{bad}", "/endpoints/{good}/edit", "/events",
+    "/", "/endpoints", "/endpoints/add", "/endpoints/{good}", "/endpoints/{bad}", "/endpoints/{good}/edit", "/events",
     "/events?type=nothing.*", "/events/{failed}", "/events/{failed}/{number}", "/events/{delivered}/{delivered_number}", "/deliveries",
-    "/deliveries?state=exhausted&tenant=acme", "/deliveries?state=nonsense", "/dead-letters", "/live", "/live?state=retry", "/audit",
+    "/deliveries?state=exhausted&tenant=acme", "/deliveries?state=nonsense", "/dead-letters", "/live", "/audit",
     "/resend?state=exhausted&tenant=acme", "/nothing",
 )  # fmt: skip
 
@@ -60,7 +60,10 @@ class Looker:
 
     def _said(self, message: Any) -> None:
         # a status that a page is meant to have is no error of the page
-        if message.type in ("error", "warning") and "Failed to load resource: the server responded" not in message.text:
+        if (
+            message.type in ("error", "warning")
+            and "Failed to load resource: the server responded" not in message.text
+        ):
             self.wrong.append(f"{message.type}: {message.text}")
 
     def _asked(self, request: Any) -> None:
@@ -98,13 +101,16 @@ def test_every_page_can_be_read_by_everybody(look: Callable[..., None], world: W
     from axe_playwright_python.async_playwright import Axe
 
     axe = Axe()
-    options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"], "resultTypes": ["violations"]}
+    options = {
+        "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+        "resultTypes": ["violations"],
+    }
 
     async def work(looker: Any, page: Any) -> None:
+        await world.counted()
         for path in await _paths(world):
             await looker.go(path)
-            for details in await page.locator("main details:not(.menu):not([open]) > summary").all():
-                await details.click()
+            await page.evaluate("for (const d of document.querySelectorAll('details:not(figure *)')) d.open = true")
             found = (await axe.run(page, options=options)).response["violations"]
             told = [(v["id"], [n["html"][:200] for n in v["nodes"][:3]]) for v in found]
             assert told == [], path
@@ -113,14 +119,18 @@ def test_every_page_can_be_read_by_everybody(look: Callable[..., None], world: W
 
 
 @pytest.mark.parametrize("javascript", [True, False])
-def test_no_page_is_wider_than_a_narrow_screen(look: Callable[..., None], world: World, javascript: bool) -> None:
+def test_no_page_is_wider_than_a_narrow_screen(
+    look: Callable[..., None], world: World, javascript: bool
+) -> None:
     async def work(looker: Any, page: Any) -> None:
         for path in await _paths(world):
             answer = await looker.go(path)
             assert answer.status < 500, path
             assert await page.locator("h1").count() == 1, path
             if javascript:
-                wide = await page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+                wide = await page.evaluate(
+                    "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+                )
                 assert wide <= 0, path
 
     look(work, viewport={"width": 360, "height": 700}, java_script_enabled=javascript)
@@ -169,13 +179,16 @@ def test_search_finds_by_id_field_and_payload(look: Callable[..., None], world: 
         await page.wait_for_url("**/deliveries?*")
         assert "state=exhausted" in page.url
         assert await page.locator("main tbody tr").count() >= 1
-        assert await page.locator("main tbody .pill").all_inner_texts() == ["exhausted"] * await page.locator("main tbody tr").count()
+        assert (
+            await page.locator("main tbody .pill").all_inner_texts()
+            == ["exhausted"] * await page.locator("main tbody tr").count()
+        )
         await search("data.name:Jo")
         assert await page.locator("main tbody tr").count() >= 1
         await search("data.name:Nobody")
         assert "Nothing matches" in await page.locator("main").inner_text()
         await looker.go("/deliveries")
-        await page.get_by_label("State").select_option("delivered")
+        await page.get_by_label("State", exact=True).select_option("delivered")
         await page.get_by_label("Payload path").fill("$.id ? (@ == 12345678901234567890)")
         await page.get_by_role("button", name="Search").click()
         await page.wait_for_url("**state=delivered**")
@@ -215,8 +228,10 @@ def test_keys(look: Callable[..., None], world: World) -> None:
         seen = set()
         for _ in range(40):
             await page.keyboard.press("Tab")
-            seen.add(await page.evaluate("document.activeElement.innerText || document.activeElement.name"))
-            assert await page.evaluate("document.activeElement === document.body || document.activeElement.matches(':focus-visible')")
+            seen.add(await page.evaluate("document.activeElement.name || document.activeElement.innerText"))
+            assert await page.evaluate(
+                "document.activeElement === document.body || document.activeElement.matches(':focus-visible')"
+            )
         assert {"Overview", "Add an endpoint", "Search", "q", "url", "state"} <= seen
 
     look(work)
@@ -239,15 +254,17 @@ def test_the_theme_is_kept(look: Callable[..., None]) -> None:
 
 def test_the_overview_renews_itself(look: Callable[..., None], world: World) -> None:
     async def work(looker: Any, page: Any) -> None:
+        await world.counted()
         await looker.go("/")
         assert await page.locator("figure.chart").count() == 4
-        assert await page.locator("figure.chart path.area").count() >= 3
+        assert await page.locator("figure.chart path.area").count() >= 2
         assert "answered 500" in await page.locator("main").inner_text()
         await page.evaluate("document.querySelector('#renewed').dataset.old = 'yes'")
         await page.locator("#renewed:not([data-old])").wait_for()
         assert await page.locator("#renew-state").inner_text() == "Live"
-        await page.locator(".hit").last.hover()
-        assert "delivered" in await page.locator("figure.chart output").first.inner_text()
+        attempts = page.locator("figure.chart").first
+        await attempts.locator(".hit").last.hover()
+        assert "delivered" in await attempts.locator("output").inner_text()
 
     look(work)
 
@@ -261,7 +278,9 @@ def test_the_live_tail_shows_what_happens(look: Callable[..., None], world: Worl
         await row.wait_for()
         assert "delivered" in await row.inner_text()
         assert await row.count() == 1
-        assert await page.locator("main tbody tr").first.get_attribute("data-href") == await row.get_attribute("data-href")
+        assert await page.locator("main tbody tr").first.get_attribute(
+            "data-href"
+        ) == await row.get_attribute("data-href")
         await page.locator("#stream-button").click()
         paused = await send(world.dsn, "user.updated", '{"n": 2}', tenant="acme")
         await wait_for_row(world.dsn, "select 1 from hookd.attempt where event_id = $1", paused)
@@ -289,7 +308,9 @@ def test_pause_and_resume(look: Callable[..., None], world: World) -> None:
         await page.locator("summary", has_text="Resume").click()
         await page.get_by_role("button", name="Resume").click()
         await page.locator(".say", has_text="receives again").wait_for()
-        await wait_for_row(world.dsn, "select 1 from hookd.attempt where event_id = $1 and verdict = 'delivered'", event)
+        await wait_for_row(
+            world.dsn, "select 1 from hookd.attempt where event_id = $1 and verdict = 'delivered'", event
+        )
         assert "endpoint.pause" in await page.locator("main").inner_text()
 
     look(work)
@@ -303,7 +324,9 @@ def test_resend_one(look: Callable[..., None], world: World) -> None:
         await looker.go(f"/events/{event}/{before}")
         await page.keyboard.press("r")
         await page.locator(".say", has_text="Queued again").wait_for()
-        await wait_for_row(world.dsn, "select 1 from hookd.attempt where event_id = $1 and delivery_id > $2", event, before)
+        await wait_for_row(
+            world.dsn, "select 1 from hookd.attempt where event_id = $1 and delivery_id > $2", event, before
+        )
         assert [c.event_id for c in world.receiver.calls].count(event) == 2
         await looker.go(f"/events/{event}/{before}")
         assert "delivered" in await page.locator(".head").inner_text(), "what happened before is still there"
@@ -380,7 +403,9 @@ def test_an_endpoint_from_its_form_to_its_removal(look: Callable[..., None], wor
         await page.get_by_role("button", name="Save").click()
         await page.locator(".say", has_text="Saved").wait_for()
         assert "5/s" in await page.locator("main").inner_text()
-        assert "x-env" in (await page.locator("main").inner_text()).lower(), "headers stay where the field is empty"
+        assert "x-env" in (await page.locator("main").inner_text()).lower(), (
+            "headers stay where the field is empty"
+        )
 
         await page.locator("summary", has_text="More").click()
         await page.get_by_role("button", name="Verify").click()

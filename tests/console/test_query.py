@@ -46,7 +46,11 @@ def test_a_field_that_cannot_be_read_is_named(field: str, text: str, said: str) 
 
 
 def test_the_search_line() -> None:
-    assert words('state:exhausted tenant:"acme inc" user.*') == {"state": "exhausted", "tenant": "acme inc", "type": "user.*"}
+    assert words('state:exhausted tenant:"acme inc" user.*') == {
+        "state": "exhausted",
+        "tenant": "acme inc",
+        "type": "user.*",
+    }
     assert words("exhausted") == {"state": "exhausted"}
     assert words("data.id:123") == {"path": '$."id" ? (@ == 123)'}
     assert words("data.user.name:Jo") == {"path": '$."user"."name" ? (@ == "Jo")'}

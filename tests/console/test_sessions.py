@@ -49,7 +49,11 @@ def test_no_cookie_that_was_made_up_opens_anything(made_up: str) -> None:
     assert not sessions.holds(f"hookd={made_up}")
     assert made_up == "" or not sessions.holds(f"hookd={value}{made_up.strip() or 'x'}")
     expires, session_id, signature = value.split(".")
-    for forged in (f"{int(expires) + 1}.{session_id}.{signature}", f"{expires}.{session_id}x.{signature}", f"{expires}.{session_id}."):
+    for forged in (
+        f"{int(expires) + 1}.{session_id}.{signature}",
+        f"{expires}.{session_id}x.{signature}",
+        f"{expires}.{session_id}.",
+    ):
         assert not sessions.holds(f"hookd={forged}")
 
 
@@ -94,7 +98,10 @@ def test_no_form_of_another_site_is_taken(token: bytes, headers: dict[str, str])
     cookie = {"Cookie": f"hookd={sessions.open()}"}
     for path in ("/login", "/logout", "/resend", "/endpoints/add", "/endpoints/x/remove"):
         assert refused(access, "POST", path, HOST | cookie | headers, form=True) == "cross_site"
-    assert refused(access, "POST", "/api/v1/endpoints", HOST | cookie | headers, form=True) in ("cross_site", "content_type")
+    assert refused(access, "POST", "/api/v1/endpoints", HOST | cookie | headers, form=True) in (
+        "cross_site",
+        "content_type",
+    )
 
 
 def test_a_link_on_another_site_leads_to_a_page_and_to_nothing_else() -> None:
