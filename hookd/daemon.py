@@ -469,6 +469,10 @@ class Daemon:
             "security.unverified": self.config.security.unverified,
         }
 
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock.wall()
+
     async def ask(self, endpoint: Endpoint) -> Verification:
         """Ask an endpoint whether it wants to be called."""
         return await ask(endpoint, self.exchange, self.wire(), self._clock.wall())

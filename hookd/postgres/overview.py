@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from hookd.postgres.pages import dictionaries
+from hookd.postgres.pages import dictionaries, within_reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -179,7 +179,7 @@ async def rates(
 
     An interval is a whole number of minutes.  ``until`` is now, where it is not given; the last interval goes on beyond it.
     """
-    now = until or await connection.fetchval(NOW)
+    now = within_reason(until) or await connection.fetchval(NOW)
     step = datetime.timedelta(minutes=max(1, round(seconds / intervals / 60)))
     end = _floor(now, step) + step
     since = end - step * intervals
@@ -200,7 +200,7 @@ async def endpoint_hours(
 
     Rows: at, delivered, failed, average_ms, slowest_ms.
     """
-    now = until or await connection.fetchval(NOW)
+    now = within_reason(until) or await connection.fetchval(NOW)
     end = _floor(now, datetime.timedelta(hours=1)) + datetime.timedelta(hours=1)
     since = end - datetime.timedelta(hours=hours)
     found: dict[UUID, list[dict[str, Any]]] = {e: [] for e in endpoints}
@@ -227,7 +227,7 @@ async def failures(
     tenant: str | None = None,
 ) -> Failures:
     """Why attempts failed since then: grouped by outcome, status and reason, the most frequent first."""
-    upto = until or await connection.fetchval(NOW)
+    since, upto = within_reason(since) or since, within_reason(until) or await connection.fetchval(NOW)
     rows = await connection.fetch(FAILURES, since, upto, endpoint, tenant)
     looked = await connection.fetchval(LOOKED, since, upto)
     return Failures(dictionaries(rows), looked)

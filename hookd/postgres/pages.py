@@ -36,8 +36,11 @@ NARROWEST = datetime.timedelta(milliseconds=1)
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
-LAST_MS = 253_402_300_799_000
-"""The end of the year 9999, beyond which Python has no time; an id that somebody chose may say more."""
+LATEST = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
+"""Times that are asked for lie between ``EPOCH`` and here: beyond, adding to them would overflow."""
+
+LAST_MS = (LATEST - EPOCH) // datetime.timedelta(milliseconds=1)
+"""An id that somebody chose may say more."""
 
 Key = tuple[Any, ...]
 """What a list is sorted by; the first is a time, or an event's id, which begins with one."""
@@ -117,6 +120,7 @@ async def page(
         BadCursor: ``cursor`` is none of this list.
         TooMuch: PostgreSQL takes too long.
     """
+    since, until = within_reason(since), within_reason(until)
     newer, place = (False, None) if cursor is None else _decoded(listing, cursor)
     if newer and place is not None:
         look = await _forwards(listing, place, limit, until, look_s)
@@ -282,6 +286,11 @@ def _time(key: Key) -> datetime.datetime:
 def time_of(event_id: UUID) -> datetime.datetime:
     """When an event's id was made, to the millisecond."""
     return EPOCH + datetime.timedelta(milliseconds=min(event_id.int >> 80, LAST_MS))
+
+
+def within_reason(at: datetime.datetime | None) -> datetime.datetime | None:
+    """A time that can be reckoned with."""
+    return None if at is None else min(max(at, EPOCH), LATEST)
 
 
 def floor_of(at: datetime.datetime) -> UUID:

@@ -26,7 +26,6 @@ STATEMENT_MS = 1000
 WAIT_S = 2.0
 
 SETTINGS = {
-    "default_transaction_read_only": "on",
     "statement_timeout": str(STATEMENT_MS),
     "lock_timeout": "500",
     "idle_in_transaction_session_timeout": "10000",
@@ -42,15 +41,23 @@ SETTINGS = {
 }
 
 
+# Not among the settings that a session starts with: whoever wants a writable node takes it for one that is not.
+READ_ONLY = "set default_transaction_read_only = on"
+
+
 class Busy(Exception):
     """All sessions for looking are taken."""
+
+
+async def _prepare(connection: asyncpg.Connection) -> None:
+    await connection.execute(READ_ONLY)
 
 
 class Reading:
     """The sessions for looking."""
 
     def __init__(self, database: Database) -> None:
-        self._pool = database.pool("reading", SESSIONS, SETTINGS)
+        self._pool = database.pool("reading", SESSIONS, SETTINGS, prepare=_prepare)
 
     async def open(self) -> None:
         """Make it usable; no session is opened yet."""

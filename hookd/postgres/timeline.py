@@ -17,6 +17,7 @@ from hookd.core.composer import Composer
 from hookd.core.model import BodyFormat, Delivery, DeliveryId, Endpoint, EndpointKey, Event, Secret
 from hookd.core.request import InvalidRequest
 from hookd.core.sealing import CannotOpen
+from hookd.core.sent import HIDDEN, shown
 from hookd.postgres import search
 from hookd.postgres.explain import explain
 from hookd.postgres.pages import EPOCH, dictionaries, floor_of, time_of
@@ -77,6 +78,17 @@ select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.format, e.state, e.state
          where s.endpoint = e.key and s.purpose = 'headers' order by s.id desc limit 1) as header_names
   from hookd.endpoint e
  where e.key = $1
+"""
+
+ENDPOINT_OF = """
+select e.id, e.tenant, e.url, e.state
+  from (select d.endpoint from hookd.delivery d where d.event_id = $1 and d.id = $2
+        union all
+        (select a.endpoint from hookd.attempt a where a.event_id = $1 and a.delivery_id = $2 limit 1)
+        union all
+        select l.endpoint from hookd.dead_letter l where l.event_id = $1 and l.delivery_id = $2) k
+  join hookd.endpoint e on e.key = k.endpoint
+ limit 1
 """
 
 # Those that signed then, newest first.
@@ -241,6 +253,19 @@ async def find(connection: asyncpg.Connection, text: str) -> Found | None:
 FIND_DEAD_EVENT = "select 1 from hookd.dead_letter where event_id = $1 limit 1"
 
 
+async def event_tenant(connection: asyncpg.Connection, event_id: UUID) -> str | None:
+    """Whose event it is; None: there is no such event."""
+    row = await _event_row(connection, event_id)
+    return None if row is None else str(row["tenant"])
+
+
+async def endpoint_of(
+    connection: asyncpg.Connection, event_id: UUID, delivery_id: int
+) -> dict[str, Any] | None:
+    """The id, tenant, url and state of a delivery's endpoint; None: there is no such delivery, or it is gone."""
+    return await _row(connection, ENDPOINT_OF, event_id, delivery_id)
+
+
 async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUID | None:
     """
     The event of a delivery, pending or past.
@@ -387,7 +412,7 @@ class _Maker:
             shard=self.endpoint["shard"],
             format=BodyFormat(self.endpoint["format"]) if self.endpoint["format"] else None,
             secrets=tuple(signing),
-            headers=dict.fromkeys(self.endpoint["header_names"] or (), "***"),
+            headers=dict.fromkeys(self.endpoint["header_names"] or (), HIDDEN),
         )
         e = self.event
         happened = Event(
@@ -404,16 +429,11 @@ class _Maker:
             made = Composer(served, self.wire).compose(owed, int(at.timestamp()))
         except (InvalidRequest, ValueError) as problem:
             return {"problem": str(problem)}
-        line, *lines = (made.head + made.lines).decode("latin-1").rstrip("\r\n").split("\r\n")
-        headers = [tuple(text.split(": ", 1)) for text in lines]
+        said = shown(made, served.headers)
         if not signing:
-            headers = [(n, NOT_KEPT if n == "webhook-signature" else v) for n, v in headers]
-        return {
-            "method": line.partition(" ")[0],
+            said["headers"] = [(n, NOT_KEPT if n == "webhook-signature" else v) for n, v in said["headers"]]
+        return said | {
             "url": url,
-            "headers": headers,
-            "body": made.body.decode("utf-8", "replace"),
-            "body_bytes": len(made.body),
             "signed": bool(signing),
             "changed": self.endpoint["updated_at"] > at,
         }
@@ -439,16 +459,18 @@ def _told(row: Mapping[str, Any], maker: _Maker | None) -> dict[str, Any]:
         "phases": phases(row),
         "words": in_words(row),
         "request": maker.request(row) if maker is not None and made else None,
-        "answer": {
-            "status": row["status"],
-            "headers": [
-                tuple(text.split(": ", 1))
-                for text in (row["answer_headers"] or "").splitlines()
-                if ": " in text
-            ],
-            "body": row["answer_body"] or "",
-            "truncated": row["answer_truncated"],
-        }
+        "answer": answer(
+            row["status"],
+            row["answer_headers"] or "",
+            row["answer_body"] or "",
+            truncated=row["answer_truncated"],
+        )
         if answered
         else None,
     }
+
+
+def answer(status: int, headers: str, body: str, *, truncated: bool) -> dict[str, Any]:
+    """What a receiver answered, as it is shown; untrusted text.  ``headers`` are lines."""
+    pairs = [tuple(text.split(": ", 1)) for text in headers.splitlines() if ": " in text]
+    return {"status": status, "headers": pairs, "body": body, "truncated": truncated}

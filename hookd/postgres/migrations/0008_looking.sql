@@ -61,7 +61,8 @@ begin
        on hookd.event to hookd_producer;
     grant select (id) on hookd.event to hookd_producer;
     grant usage on sequence hookd.event_key to hookd_producer;
-    grant execute on function hookd.uuid7(), hookd.valid_payload(text), hookd.check_thin(uuid, bigint, text) to hookd_producer;
+    grant execute on function hookd.uuid7(), hookd.valid_payload(text), hookd.is_json(text),
+      hookd.valid_event(text, text, text, text, text, text, jsonb), hookd.check_thin(uuid, bigint, text) to hookd_producer;
     grant execute on function
       hookd.send(text, text, text, text, timestamptz, timestamptz, text, text, jsonb),
       hookd.send(text, json, text, text, timestamptz, timestamptz, text, text, jsonb),
