@@ -28,7 +28,7 @@ from hookd.trial import try_out
 
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from uuid import UUID
 
     import asyncpg
@@ -312,6 +312,21 @@ class Actions:
             matching = await history.count_replayable(connection, facts)
             queued = await self._queued(connection, actor, "replay", facts) if matching else 0
         return Replayed(matching, queued)
+
+    async def resend_these(
+        self, actor: Actor, pairs: Sequence[tuple[UUID, UUID]], asked: Mapping[str, Any]
+    ) -> int:
+        """Events to endpoints once more, as ``resending.matching`` found them; ``asked`` is what for, for the audit trail."""
+        queued = 0
+        async with self._session() as connection:
+            subject = Subject(asked.get("endpoint"), asked.get("event"), None, asked.get("tenant"))
+            details = {n: v for n, v in asked.items() if n not in ("endpoint", "event", "tenant")}
+            await audit.record(
+                connection, actor, "delivery.replay", subject, details | {"matching": len(pairs)}
+            )
+            async for total in history.queue_again(connection, pairs):
+                queued = total
+        return queued
 
     async def _queued(
         self,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from hookd.admin.actions import Selection
 from hookd.admin.problems import Refused
 from hookd.admin.schema import EndpointPatch, NewEndpoint
 from hookd.config import duration
@@ -18,7 +17,8 @@ from hookd.console.query import Query, read, uuid
 from hookd.console.site import Message, Problem
 from hookd.core.model import Secret
 from hookd.core.signing import public_key
-from hookd.core.words import several, span
+from hookd.core.words import span
+from hookd.postgres import resending, search
 from hookd.postgres.audit import Actor
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from hookd.admin.actions import Actions
     from hookd.console.site import Site
     from hookd.postgres.registry import EndpointRecord
-
-SELECTION = frozenset({"event", "endpoint", "tenant", "type", "states", "path", "since", "until"})
-"""What a bulk resend can be narrowed by: what the list of deliveries is searched by."""
 
 NUMBERS: dict[str, type] = {"rate": float, "concurrency": int}
 
@@ -247,50 +244,49 @@ class Changes:
 
     async def count(self, request: web.Request) -> web.Response:
         """``GET /resend?…``: how many would be queued, and a button."""
-        asked, selection = self._selection(request.query)
-        try:
-            matching = await self._actions.count_replay(selection)
-        except Refused as problem:
-            raise _stays(problem) from None
-        return self._confirm(request, asked, selection, matching)
-
-    async def resend(self, request: web.Request) -> web.Response:
-        """``POST /resend``: queues what was counted; asks again where it has become much more meanwhile."""
-        typed = await _typed(request)
-        asked, selection = self._selection(typed)
-        try:
-            replayed = await self._actions.replay(self._actor(request), selection)
-        except Refused as problem:
-            raise _stays(problem) from None
-        raise web.HTTPSeeOther(
-            f"{asked.at('/deliveries')}{'&' if asked.typed else '?'}done=resent&n={replayed.queued}"
+        asked = read("/resend", request.query, search.DELIVERY_FILTERS, self._site.now())
+        wanted = self._bounded(asked)
+        found = await resending.matching(self._site.reading, wanted)
+        # what comes after the count, and what was not reached, is not what the button is about
+        until = wanted.until or self._site.now()
+        since = (
+            found.back_to if found.back_to is not None and len(found.found) < resending.MOST else wanted.since
         )
-
-    def _confirm(
-        self, request: web.Request, asked: Query, selection: Selection, matching: int
-    ) -> web.Response:
         return self._site.page(
             request,
             "resend.html",
             here="/deliveries",
             typed=dict(asked.typed),
-            states=selection.facts()["states"],
+            fields=dict(asked.typed)
+            | {"until": until.isoformat()}
+            | ({"since": since.isoformat()} if since else {}),
+            states=resending.resendable(wanted).states,
             back=asked.at("/deliveries"),
-            count=matching,
-            matching=several(matching, "delivery").replace("deliverys", "deliveries"),
+            matching=found,
+            most=resending.MOST,
         )
 
-    def _selection(self, given: Mapping[str, str]) -> tuple[Query, Selection]:
-        asked = read("/resend", given, SELECTION, self._site.now())
-        wanted = asked.filter
-        return asked, Selection(
-            event=wanted.event,
-            endpoint=wanted.endpoint,
-            tenant=wanted.tenant,
-            states=wanted.states,
-            since=wanted.since,
-            until=wanted.until,
+    async def resend(self, request: web.Request) -> web.Response:
+        """``POST /resend``: queues what was counted."""
+        typed = await _typed(request)
+        asked = read("/resend", typed, search.DELIVERY_FILTERS, self._site.now())
+        wanted = self._bounded(asked)
+        found = await resending.matching(self._site.reading, wanted, look_s=2 * resending.LOOK_S)
+        told = {name: getattr(wanted, name) for name in wanted.given()}
+        queued = await self._actions.resend_these(
+            self._actor(request), found.found, told | {"states": resending.resendable(wanted).states}
         )
+        raise web.HTTPSeeOther(f"/deliveries?done=resent&n={queued}")
+
+    @staticmethod
+    def _bounded(asked: Query) -> search.Filter:
+        if not asked.typed:
+            raise Problem(
+                422,
+                "Not so fast",
+                "Say which: search for a state, a tenant, an endpoint, a type or a time first.",
+            )
+        return asked.filter
 
 
 class Wrong(ValueError):

@@ -12,9 +12,10 @@ from hookd.console.overview import lane as lane_row
 from hookd.console.query import Query, uuid
 from hookd.console.shown import share
 from hookd.console.site import Problem
+from hookd.core.words import bounded
 from hookd.postgres import audit, overview, registry, search
 from hookd.postgres.registry import NotPossible
-from hookd.postgres.status import lanes_of, nodes
+from hookd.postgres.status import COUNT_MOST, lanes_of, nodes, pending_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +57,12 @@ class Endpoints:
         after = uuid(asked.cursor, "cursor") if asked.cursor else None
         async with self._site.reading.session() as session:
             records = await registry.listing(
-                session, tenant=typed.get("tenant"), state=typed.get("state"), after=after, limit=ROWS + 1
+                session,
+                tenant=typed.get("tenant"),
+                state=typed.get("state"),
+                after=after,
+                limit=ROWS + 1,
+                url=typed.get("url"),
             )
             more, records = len(records) > ROWS, records[:ROWS]
             hours = await overview.endpoint_hours(session, [r.id for r in records], hours=HOURS)
@@ -82,6 +88,7 @@ class Endpoints:
             latest = await search.deliveries(session, search.Filter(endpoint=wanted), None, LATEST)
             trail = await audit.entries(session, audit.Sought(endpoint=wanted), None, LATEST)
             lanes = {lane.host: lane for lane in lanes_of(await nodes(session))}
+            fresh, waiting = await pending_of(session, record.key)
         state, note = standing(record)
         lane = lanes.get(record.host)
         return self._site.page(
@@ -91,7 +98,7 @@ class Endpoints:
             base=f"/endpoints/{record.id}",
             shown_state=state,
             note=note,
-            pending="what waits",
+            pending=f"{bounded(fresh, COUNT_MOST)} fresh, {bounded(waiting, COUNT_MOST)} for later",
             lane=lane_row(lane) if lane is not None else None,
             charts=charts(hours[wanted], now),
             causes=[cause(f) for f in failures.causes],

@@ -58,7 +58,14 @@ class History:
 
     async def dead_letters(self, request: web.Request) -> web.Response:
         """``GET /dead-letters``."""
-        return await self._list(request, "dead_letters.html", search.DEAD_LETTER_FILTERS, search.dead_letters)
+        # a time is that of the death here, and of the event there
+        same = typed_of(
+            request.query, search.DEAD_LETTER_FILTERS & search.DELIVERY_FILTERS - {"since", "until"}
+        )
+        resend = Query("/deliveries", typed=same | {"state": "exhausted"}).url(None)
+        return await self._list(
+            request, "dead_letters.html", search.DEAD_LETTER_FILTERS, search.dead_letters, resend=resend
+        )
 
     async def _list(
         self, request: web.Request, template: str, known: Collection[str], find: Search, **values: Any
@@ -78,8 +85,7 @@ class History:
             message=message,
             page=page,
             address=asked,
-            resend=asked.at("/resend"),
-            **values,
+            **{"resend": asked.at("/resend")} | values,
         )
 
     async def event(self, request: web.Request) -> web.Response:

@@ -129,9 +129,17 @@ class Site:
     ) -> web.Response:
         """Asks for the token, and goes on to what was wanted."""
         # a link on another site leads here without the cookie, which is sent to requests of this site only
-        again = request.method == "GET" and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        again = request.method == "GET" and request.headers.get("Sec-Fetch-Site") in (
+            "cross-site",
+            "same-site",
+        )
         return self.page(
-            request, "login.html", status=status, wrong=wrong, next=inside(wanted), again=again and status == 401
+            request,
+            "login.html",
+            status=status,
+            wrong=wrong,
+            next=inside(wanted),
+            again=again and status == 401,
         )
 
     async def _file(self, request: web.Request) -> web.Response:

@@ -110,7 +110,9 @@ def test_every_page_can_be_read_by_everybody(look: Callable[..., None], world: W
         await world.counted()
         for path in await _paths(world):
             await looker.go(path)
-            await page.evaluate("for (const d of document.querySelectorAll('details:not(figure *)')) d.open = true")
+            await page.evaluate(
+                "for (const d of document.querySelectorAll('details:not(figure *)')) d.open = true"
+            )
             found = (await axe.run(page, options=options)).response["violations"]
             told = [(v["id"], [n["html"][:200] for n in v["nodes"][:3]]) for v in found]
             assert told == [], path
