@@ -19,7 +19,11 @@ Moment = Annotated[datetime.datetime, Meta(tz=True)]
 Number = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Limit = Annotated[int, Meta(ge=1, le=LIST_MOST, description="Rows of a page, at most.")]
 Cursor = Annotated[
-    str, Meta(max_length=1000, description="`next` or `previous` of another page of the same search.")
+    str,
+    Meta(
+        pattern="^[A-Za-z0-9_-]{1,300}$",
+        description="`next` or `previous` of another page of the same search.",
+    ),
 ]
 TypePattern = Annotated[
     str, Meta(min_length=1, max_length=257, description="A type, or a pattern: `user.*`, `*`.")

@@ -41,6 +41,9 @@ log = structlog.get_logger("hookd")
 
 BODY_MOST = 1024 * 1024
 
+LINE_MOST = 64 * 1024
+"""Of a request line: a search has a path of 1,000 characters, each of which may be twelve bytes long in a URL."""
+
 SESSIONS = 2
 """For what is done; they are opened when they are needed and closed when they are idle."""
 
@@ -80,7 +83,9 @@ class AdminServer:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         self._add_api(app.router)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=GRACE_S, max_line_size=LINE_MOST
+        )
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()
