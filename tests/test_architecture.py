@@ -24,6 +24,7 @@ FLOORS = {
     "hookd.dispatcher": 3,
     "hookd.upkeep": 3,
     "hookd.tally": 3,
+    "hookd.trial": 3,
     "hookd.verification": 3,
     "hookd.logs": 4,
     "hookd.systemd": 4,

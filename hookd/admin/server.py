@@ -83,9 +83,7 @@ class AdminServer:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         self._add_api(app.router)
-        self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=GRACE_S, max_line_size=LINE_MOST
-        )
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S, max_line_size=LINE_MOST)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()

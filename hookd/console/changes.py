@@ -14,7 +14,7 @@ from hookd.console.charts import milliseconds
 from hookd.console.endpoints import found
 from hookd.console.history import delivery_of, request_text
 from hookd.console.query import Query, read, uuid
-from hookd.console.site import Message, Problem
+from hookd.console.site import Message, Problem, typed_in
 from hookd.core.model import Secret
 from hookd.core.signing import public_key
 from hookd.core.words import span
@@ -69,7 +69,7 @@ class Changes:
 
     async def add(self, request: web.Request) -> web.Response:
         """``POST /endpoints/add``: registers, and shows the secret this once."""
-        typed = EMPTY | {"ordered": ""} | await _typed(request)
+        typed = EMPTY | {"ordered": ""} | await typed_in(request)
         try:
             wanted = msgspec.convert(
                 _settings(typed, clear=False) | {"tenant": typed["tenant"], "key_type": typed["key_type"]},
@@ -90,7 +90,7 @@ class Changes:
     async def save(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/edit``: what is empty is cleared, but headers, which are not shown."""
         record = await self._record(request)
-        typed = EMPTY | {"ordered": ""} | await _typed(request)
+        typed = EMPTY | {"ordered": ""} | await typed_in(request)
         try:
             settings = _settings(typed, clear=True)
             if settings["url"] == record.url:
@@ -106,7 +106,7 @@ class Changes:
 
     async def pause(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/pause``."""
-        wanted, typed = _id(request), await _typed(request)
+        wanted, typed = _id(request), await typed_in(request)
         try:
             await self._actions.pause(self._actor(request), wanted, typed.get("reason") or None)
         except Refused as problem:
@@ -115,7 +115,7 @@ class Changes:
 
     async def resume(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/resume``."""
-        wanted, typed = _id(request), await _typed(request)
+        wanted, typed = _id(request), await typed_in(request)
         try:
             resumed = await self._actions.resume(self._actor(request), wanted, typed.get("missed") or "none")
         except Refused as problem:
@@ -143,7 +143,7 @@ class Changes:
 
     async def rotate(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/rotate``: shows the new secret this once."""
-        wanted, typed = _id(request), await _typed(request)
+        wanted, typed = _id(request), await typed_in(request)
         try:
             overlap_s = duration(typed.get("overlap") or "1d")
             added = await self._actions.rotate(self._actor(request), wanted, overlap_s)
@@ -180,7 +180,7 @@ class Changes:
 
     async def remove(self, request: web.Request) -> web.Response:
         """``POST /endpoints/ID/remove``."""
-        wanted, typed = _id(request), await _typed(request)
+        wanted, typed = _id(request), await typed_in(request)
         if typed.get("sure") != "yes":
             raise Problem(422, "Not removed", "Tick the box that says that you want it.")
         try:
@@ -268,7 +268,7 @@ class Changes:
 
     async def resend(self, request: web.Request) -> web.Response:
         """``POST /resend``: queues what was counted."""
-        typed = await _typed(request)
+        typed = await typed_in(request)
         asked = read("/resend", typed, search.DELIVERY_FILTERS, self._site.now())
         wanted = self._bounded(asked)
         found = await resending.matching(self._site.reading, wanted, look_s=2 * resending.LOOK_S)
@@ -305,10 +305,6 @@ def _stays(problem: Refused) -> Problem:
 def _said(problem: Exception) -> str:
     text = str(problem).replace("`", "").replace("$.", "")
     return f"{text[:1].upper()}{text[1:]}".rstrip(".") + "."
-
-
-async def _typed(request: web.Request) -> dict[str, str]:
-    return {name: value.strip() for name, value in (await request.post()).items() if isinstance(value, str)}
 
 
 def _settings(typed: Mapping[str, str], *, clear: bool) -> dict[str, Any]:

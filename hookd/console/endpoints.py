@@ -53,6 +53,8 @@ class Endpoints:
     async def listing(self, request: web.Request) -> web.Response:
         """``GET /endpoints``: in order of creation."""
         typed = {n: request.query[n].strip() for n in FIELDS if request.query.get(n, "").strip()}
+        if not "".join(typed.values()).isprintable():
+            raise Problem(422, "Not understood", "There is a character in it that does not print.")
         asked = Query("/endpoints", typed=typed, cursor=request.query.get("cursor") or None)
         after = uuid(asked.cursor, "cursor") if asked.cursor else None
         async with self._site.reading.session() as session:

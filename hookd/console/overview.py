@@ -129,7 +129,7 @@ def tiles(rates: Rates, now: Status, name: str) -> list[Tile]:
         ),
         Tile(
             "Failing endpoints", count(queue["failing"]), tone="wait" if queue["failing"] else "",
-            note=f"{queue['disabled']} disabled, {queue['paused']} paused",
+            note=f"{queue['disabled']} disabled" + (f", {queue['paused']} paused" if queue["paused"] else ""),
         ),
     ]  # fmt: skip
 

@@ -64,6 +64,9 @@ def read(path: str, given: Mapping[str, str], known: Collection[str], now: datet
         BadFilter: one cannot be read.
     """
     typed = typed_of(given, known)
+    for name, text in typed.items():
+        if not text.isprintable():
+            raise BadFilter(f"{name}: there is a character in it that does not print")
     values: dict[str, Any] = {}
     for name, text in typed.items():
         if name in ("event", "endpoint"):

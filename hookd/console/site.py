@@ -167,8 +167,8 @@ class Door:
 
     async def log_in(self, request: web.Request) -> web.Response:
         """``POST /login``: the token once, then a cookie."""
-        form = await request.post()
-        given, wanted = str(form.get("token", "")).strip(), inside(str(form.get("next", "/")))
+        typed = await typed_in(request)
+        given, wanted = typed.get("token", ""), inside(typed.get("next", "/"))
         if not self._access.needs_token:
             raise web.HTTPSeeOther("/")
         if not self._access.is_token(given):
@@ -190,6 +190,23 @@ class Door:
         answer = web.Response(status=303, headers={"Location": "/login"})
         answer.del_cookie(self._site.sessions.cookie)
         return answer
+
+
+async def typed_in(request: web.Request) -> dict[str, str]:
+    """
+    The fields of a form.
+
+    Raises:
+        Problem: it cannot be read.
+    """
+    try:
+        form = await request.post()
+    except (ValueError, LookupError):
+        raise Problem(422, "Not understood", "The form is not UTF-8.") from None
+    typed = {name: value.strip() for name, value in form.items() if isinstance(value, str)}
+    if any("\0" in value for value in typed.values()):
+        raise Problem(422, "Not understood", "There is a NUL in the form, which PostgreSQL does not take.")
+    return typed
 
 
 def inside(path: str) -> str:

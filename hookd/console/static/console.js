@@ -114,6 +114,8 @@ if (renewing) {
       one('#renew-state').textContent = 'Not reachable; trying again'
     }
   }
+  one('#renew-state').className = 'live on'
+  one('#renew-state').textContent = 'Live'
   setInterval(renew, 1000 * Number(renewing.dataset.renew))
 }
 
