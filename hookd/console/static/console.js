@@ -7,6 +7,8 @@ const parsed = html => new DOMParser().parseFromString(html, 'text/html')
 const typing = () => document.activeElement?.matches('input, select, textarea')
 const busy = () => document.hidden || typing() || one('details.menu[open], dialog[open]') || String(getSelection())
 
+document.documentElement.classList.add('js')
+
 // Theme: a cookie, so that the server writes it into the next page and nothing flashes.
 one('#theme')?.removeAttribute('hidden')
 one('#theme')?.addEventListener('click', event => {
