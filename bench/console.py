@@ -115,15 +115,16 @@ select a.delivery_id, a.event_id, a.endpoint, a.attempt, a.at, a.reason, e.tenan
  where a.verdict = 'exhausted'
 """
 
-MINUTES = """
-insert into hookd.minute (at, node, delivery_id, pending, oldest_s, in_flight, figures)
-select m, 'bench', ((extract(epoch from m - $1::timestamptz) + 60) / $2::double precision)::bigint, 100, 0.5, 50,
+TALLY = """
+insert into hookd.tally (seconds, at, node, delivery_id, pending, oldest_s, in_flight, figures)
+select $3::smallint, m, 'bench', ((extract(epoch from m - $1::timestamptz) + $3) / $2::double precision)::bigint, 100, 0.5, 50,
        jsonb_build_object('verdict.delivered', c, 'verdict.retry', c / 33, 'outcome.2xx', c, 'outcome.5xx', c / 50, 'outcome.timeout', c / 100)
        || (select jsonb_object_agg(name || '.' || bound, c / 16)
              from unnest(array['attempt_ms', 'lag_ms']) name
             cross join unnest(array['5', '10', '25', '50', '75', '100', '250', '500', '750', '1000', '2500', '5000', '7500', '10000', '20000', 'inf']) bound)
-  from generate_series(date_trunc('minute', $1::timestamptz), now(), interval '1 minute') m
- cross join (select (60 / $2::double precision)::bigint as c) s
+  from generate_series(date_bin($3 * interval '1 second', greatest($1::timestamptz, now() - case $3 when 60 then interval '2 days' else interval '1 year' end),
+                                '2000-01-01'), now(), $3 * interval '1 second') m
+ cross join (select ($3 / $2::double precision)::bigint as c) s
 """
 
 HOURS = """
@@ -194,7 +195,8 @@ async def fill(dsn: str, attempts: int) -> None:
         done = min(events, first + AT_ONCE - 1) / events
         _say(f"\r  filling: {done:4.0%}, {time.monotonic() - begun:,.0f} s")
     await connection.execute(DEAD_LETTERS)
-    await connection.execute(MINUTES, start, step)
+    for seconds in (60, 900):
+        await connection.execute(TALLY, start, step, seconds)
     await connection.execute(HOURS, start, ENDPOINTS)
     await connection.execute(AUDIT)
     await connection.execute("select setval('hookd.delivery_id', $1), setval('hookd.event_key', $1)", events)

@@ -1,8 +1,8 @@
 """
-The tally: what the engine counted, written down by the minute, and how each endpoint fared, by the hour.
+The tally: what the engine counted, written down by the minute and the quarter, and how each endpoint fared, by the hour.
 
 It is what charts are drawn from, so that nobody has to count the log.  The engine pays a quarter of a microsecond for each
-attempt; PostgreSQL gets a row every ten seconds, and every minute one for each endpoint that was called in it.  A daemon that
+attempt; PostgreSQL gets two rows every ten seconds, and every minute one for each endpoint that was called in it.  A daemon that
 is killed takes its last moments with it: these are figures, not the log.
 """
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 EVERY_S = 10.0
 
-MINUTE_S = 60
+SPANS_S = (60, 900)
+"""By the minute for the last hours, by the quarter for days."""
 
 HOUR_S = 3600
 
@@ -32,8 +33,8 @@ ENDPOINTS_AT_ONCE = 5000
 class Ledger(Protocol):
     """Where it is written (``postgres.maintenance``)."""
 
-    async def note_minute(
-        self, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
+    async def note_tally(
+        self, seconds: int, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
     ) -> None: ...
     async def note_hours(self, at: float, fares: Sequence[tuple[int, int, int, float, float]]) -> None: ...
 
@@ -51,7 +52,7 @@ class Counted:
     in_flight: int
 
     def figures(self) -> dict[str, int]:
-        """The counters under the names that ``hookd.minute`` has them."""
+        """The counters under the names that ``hookd.tally`` has them."""
         return (
             {f"verdict.{name}": n for name, n in self.verdicts.items()}
             | {f"outcome.{name}": n for name, n in self.outcomes.items()}
@@ -60,14 +61,22 @@ class Counted:
         )
 
 
+@dataclass(slots=True)
+class _Span:
+    """A stretch of time that is being counted."""
+
+    seconds: int
+    at: int
+    before: dict[str, int]
+    """The counters as they were when it began."""
+
+
 class Tally:
     """Counts by endpoint, and writes down everything that was counted."""
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._minute: int | None = None
-        self._before: dict[str, int] = {}
-        """The counters as they were when the minute began."""
+        self._spans: list[_Span] = []
         self._fares: dict[EndpointKey, list[float]] = {}
         """Since it was written last: delivered, failed, total and slowest milliseconds."""
 
@@ -91,25 +100,32 @@ class Tally:
             await self.write(ledger, wall(), counted())
 
     async def write(self, ledger: Ledger, now: float, counted: Counted, *, last: bool = False) -> None:
-        """Write what was counted in this minute; of endpoints when it is over, or with the ``last`` call."""
-        minute = int(now) // MINUTE_S * MINUTE_S
-        if self._minute is None:
-            self._minute = minute
+        """Write what was counted so far; of endpoints when a minute is over, or with the ``last`` call."""
         total = counted.figures()
-        since = {name: n - self._before.get(name, 0) for name, n in total.items()}
+        if not self._spans:
+            self._spans = [_Span(seconds, _floor(now, seconds), {}) for seconds in SPANS_S]
         gauges = counted.pending, counted.oldest_s, counted.in_flight
-        await ledger.note_minute(self._minute, self._node, gauges, since)
-        if minute == self._minute and not last:
-            return
-        hour = self._minute // HOUR_S * HOUR_S
+        for span in self._spans:
+            since = {name: n - span.before.get(name, 0) for name, n in total.items()}
+            await ledger.note_tally(span.seconds, span.at, self._node, gauges, since)
+        minute = self._spans[0].at
+        if last or _floor(now, SPANS_S[0]) != minute:
+            await self._write_fares(ledger, _floor(minute, HOUR_S))
+        for span in self._spans:
+            if _floor(now, span.seconds) != span.at:
+                span.at, span.before = _floor(now, span.seconds), total
+
+    async def _write_fares(self, ledger: Ledger, hour: int) -> None:
         fares, self._fares = self._fares, {}
         rows = [
             (key, int(ok), int(bad), total_ms, slowest) for key, (ok, bad, total_ms, slowest) in fares.items()
         ]
         for start in range(0, len(rows), ENDPOINTS_AT_ONCE):
             await ledger.note_hours(hour, rows[start : start + ENDPOINTS_AT_ONCE])
-        if minute != self._minute:
-            self._minute, self._before = minute, total
+
+
+def _floor(at: float, seconds: int) -> int:
+    return int(at) // seconds * seconds
 
 
 def _by_bound(name: str, histogram: Histogram) -> dict[str, int]:

@@ -337,11 +337,9 @@ class Actions:
         delivery_id: int | None = None,
     ) -> int:
         # before the first is queued: one that is broken off has still been asked for
-        subject = Subject(
-            selection.get("endpoint"), selection.get("event"), delivery_id, selection.get("tenant")
+        await audit.record(
+            connection, actor, f"delivery.{action}", *audit.of_selection(selection, delivery_id)
         )
-        details = {n: v for n, v in selection.items() if n not in ("endpoint", "event", "tenant")}
-        await audit.record(connection, actor, f"delivery.{action}", subject, details)
         queued = 0
         async for total in history.replay(connection, selection):
             queued = total

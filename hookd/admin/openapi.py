@@ -90,8 +90,8 @@ def _operation(each: Operation, fields: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": ACTOR_HEADER,
                 "in": "header",
-                "description": "For whom you act: a name for the audit trail.",
-                "schema": {"type": "string", "maxLength": 100},
+                "description": "For whom you act: a name for the audit trail, of which 100 characters are kept.",
+                "schema": {"type": "string"},
             }
         )
     if parameters:

@@ -676,7 +676,7 @@ class FailuresAnswer(Given):
     """Failures by cause, the most frequent first."""
 
     data: list[Cause]
-    looked_back_to: Annotated[Moment, Meta(description="There were more than 20,000: only those since then were looked at.")] | None  # fmt: skip
+    looked_back_to: Annotated[Moment, Meta(description="There were more than 5,000: only those since then were looked at.")] | None  # fmt: skip
 
 
 class AuditEntry(Given):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands.session import Failed, keyring_of
+from hookd.commands.session import Failed, keyring_of, whoami
 from hookd.config import address_rules
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ async def verification(
     async with _exchange(config) as exchange:
         answer = await ask(found, exchange, _wire(config), time.time())
     problem = None if answer.verified else answer.reason
-    return await registry.note_verification(connection, endpoint_id, record.url, problem), answer
+    record = await registry.note_verification(connection, endpoint_id, record.url, problem, actor=whoami())
+    return record, answer
 
 
 async def tested(
@@ -79,7 +80,7 @@ async def tested(
 ) -> tuple[str, Outcome]:
     """Send an endpoint a test event: the request, with the endpoint's own headers hidden, and what came of it."""
     from hookd.core.request import InvalidRequest  # noqa: PLC0415 - not for --help
-    from hookd.postgres import registry  # noqa: PLC0415
+    from hookd.postgres import audit, registry  # noqa: PLC0415
     from hookd.trial import try_out  # noqa: PLC0415
 
     record = await registry.show(connection, endpoint_id)
@@ -87,6 +88,9 @@ async def tested(
         raise Failed(f"it receives nothing before it is verified; run: hookd endpoint verify {endpoint_id}")
     found = await _endpoint(connection, config, record)
     event_id = await connection.fetchval("select hookd.uuid7()")
+    await audit.record(
+        connection, whoami(), "endpoint.test", audit.Subject(endpoint=endpoint_id), {"type": type_}
+    )
     async with _exchange(config) as exchange:
         try:
             sent, outcome = await try_out(

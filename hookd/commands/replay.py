@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookd.commands.inspect import find
-from hookd.commands.session import Failed, moment, options, print_json, uuid_of, with_connection
+from hookd.commands.session import Failed, moment, options, print_json, uuid_of, whoami, with_connection
 
 if TYPE_CHECKING:
     import asyncpg
@@ -42,7 +42,7 @@ def replay(
 
     Each becomes a new delivery with the same webhook-id, whose attempts count from 1.
     """
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     if not (event_id or endpoint_id or tenant or since or until or states):
         raise Failed("say what to replay: --event, --endpoint, --tenant, --since, --until or --state", 2)
@@ -63,6 +63,7 @@ def replay(
             click.echo(f"{count} deliveries are queued again", err=True)
             if count > ASK_ABOVE and not yes and sys.stdin.isatty():
                 click.confirm("go on?", abort=True, err=True)
+        await audit.record(connection, whoami(), "delivery.replay", *audit.of_selection(selection))
         queued = 0
         with click.progressbar(
             length=count, label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
@@ -87,7 +88,7 @@ def replay(
 @click.pass_obj
 def resend(invocation: Invocation, id_: str) -> None:
     """One event (to all its endpoints) or one delivery (by its number) again, now."""
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     async def work(connection: asyncpg.Connection, _config: Config) -> int:
         event_id, delivery_id = await find(connection, id_)
@@ -100,6 +101,9 @@ def resend(invocation: Invocation, id_: str) -> None:
                     f"delivery {delivery_id} was followed by a newer one; resend the event {event_id}"
                 )
             selection["endpoint"] = chosen[0]["endpoint_id"]
+        await audit.record(
+            connection, whoami(), "delivery.resend", *audit.of_selection(selection, delivery_id)
+        )
         queued = 0
         async for total in history.replay(connection, selection):
             queued = total

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hookd.postgres.pages import Page, ordered, page
+from hookd.postgres.pages import LOOK_S, Page, ordered, page
 
 if TYPE_CHECKING:
     import datetime
@@ -86,6 +86,15 @@ class Sought:
     until: datetime.datetime | None = None
 
 
+def of_selection(
+    selection: Mapping[str, Any], delivery_id: int | None = None
+) -> tuple[Subject, dict[str, Any]]:
+    """What a resend or a replay is about, and the rest of what was asked for (a selection as ``history`` takes it)."""
+    subject = Subject(selection.get("endpoint"), selection.get("event"), delivery_id, selection.get("tenant"))
+    rest = {n: v for n, v in selection.items() if n not in ("endpoint", "event", "tenant") and v}
+    return subject, rest
+
+
 async def record(
     connection: asyncpg.Connection,
     actor: Actor,
@@ -108,7 +117,12 @@ async def record(
 
 
 async def entries(
-    connection: asyncpg.Connection, sought: Sought, cursor: str | None = None, limit: int = 50
+    connection: asyncpg.Connection,
+    sought: Sought,
+    cursor: str | None = None,
+    limit: int = 50,
+    *,
+    look_s: float = LOOK_S,
 ) -> Page:
     """
     The trail, newest first.
@@ -118,7 +132,9 @@ async def entries(
     Raises:
         BadCursor, TooMuch: as they say.
     """
-    found = await page(_Trail(connection, sought), cursor, limit, since=sought.since, until=sought.until)
+    found = await page(
+        _Trail(connection, sought), cursor, limit, since=sought.since, until=sought.until, look_s=look_s
+    )
     for row in found.rows:
         row["details"] = json.loads(row["details"])
     return found

@@ -71,13 +71,13 @@ select (select count(*) from (select from hookd.delivery where due_at is null li
           from (select event_id from hookd.delivery where due_at is null order by event_id limit 1) o) as oldest_s
 """
 
-NOTE_MINUTE = """
-insert into hookd.minute (at, node, delivery_id, pending, oldest_s, in_flight, figures)
-values (to_timestamp($1), $2, coalesce(pg_sequence_last_value('hookd.delivery_id'), 0), $3, $4, $5, $6::text::jsonb)
-on conflict (at, node) do update
-   set delivery_id = excluded.delivery_id, pending = greatest(hookd.minute.pending, excluded.pending),
-       oldest_s = greatest(hookd.minute.oldest_s, excluded.oldest_s),
-       in_flight = greatest(hookd.minute.in_flight, excluded.in_flight), figures = excluded.figures
+NOTE_TALLY = """
+insert into hookd.tally as t (seconds, at, node, delivery_id, pending, oldest_s, in_flight, figures)
+values ($1, to_timestamp($2), $3, coalesce(pg_sequence_last_value('hookd.delivery_id'), 0), $4, $5, $6, $7::text::jsonb)
+on conflict (seconds, at, node) do update
+   set delivery_id = excluded.delivery_id, pending = greatest(t.pending, excluded.pending),
+       oldest_s = greatest(t.oldest_s, excluded.oldest_s), in_flight = greatest(t.in_flight, excluded.in_flight),
+       figures = excluded.figures
 """
 
 NOTE_HOURS = """
@@ -89,7 +89,10 @@ on conflict (at, endpoint) do update
 """
 
 PURGE_FIGURES = (
-    "delete from hookd.minute where at < clock_timestamp() - make_interval(secs => $1)",
+    """
+    delete from hookd.tally
+     where at < clock_timestamp() - make_interval(secs => $1) or seconds = 60 and at < clock_timestamp() - interval '2 days'
+    """,
     "delete from hookd.endpoint_hour where at < clock_timestamp() - make_interval(secs => $1)",
 )
 
@@ -138,11 +141,11 @@ class Maintenance:
         """Say how this daemon is doing; ``summary`` is JSON."""
         await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
 
-    async def note_minute(
-        self, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
+    async def note_tally(
+        self, seconds: int, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
     ) -> None:
-        """What a daemon has counted in the minute that began then; ``gauges``: pending, oldest_s, in_flight."""
-        await self._run(self._connection.execute, NOTE_MINUTE, at, node, *gauges, json.dumps(figures))
+        """What a daemon has counted in so many seconds from then; ``gauges``: pending, oldest_s, in_flight."""
+        await self._run(self._connection.execute, NOTE_TALLY, seconds, at, node, *gauges, json.dumps(figures))
 
     async def note_hours(self, at: float, fares: Sequence[tuple[int, int, int, float, float]]) -> None:
         """Add to the hour that began then: endpoint key, delivered, failed, total and slowest milliseconds."""

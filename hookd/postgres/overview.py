@@ -1,7 +1,7 @@
 """
 How deliveries went over time: rates, success, latency and lag; endpoints by the hour; failures by their cause.
 
-Nothing here counts ``hookd.attempt``.  Rates come from what the daemons counted (``hookd.minute``,
+Nothing here counts ``hookd.attempt``.  Rates come from what the daemons counted (``hookd.tally``,
 ``hookd.endpoint_hour``): exact, and as cheap at ten million attempts as at ten.  Causes come from the newest failures, of
 which a bounded number is read by an index that has nothing else in it.
 """
@@ -22,32 +22,38 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-FAILURES_MOST = 20_000
+FAILURES_MOST = 5_000
 """Of the newest failures so many are grouped."""
+
+MINUTE_S, QUARTER_S = 60, 900
+"""What the daemons count by."""
 
 CAUSES = 50
 """Shown, the most frequent first."""
 
 NOW = "select clock_timestamp()"
 
-MINUTES = """
+TALLY = """
 with counted as (
   select date_bin($3::interval, m.at, $1::timestamptz) as at, f.key, sum(f.value::bigint)::bigint as total
-    from hookd.minute m
+    from hookd.tally m
    cross join lateral jsonb_each_text(m.figures) f
-   where m.at >= $1 and m.at < $2
+   where m.seconds = $4 and m.at >= $1 and m.at < $2
    group by 1, 2
+),
+named as (
+  select c.at, jsonb_object_agg(c.key, c.total)::text as figures from counted c group by 1
 ),
 gauged as (
   select date_bin($3::interval, m.at, $1::timestamptz) as at, max(m.pending) as pending, max(m.oldest_s) as oldest_s,
          max(m.in_flight) as in_flight
-    from hookd.minute m
-   where m.at >= $1 and m.at < $2
+    from hookd.tally m
+   where m.seconds = $4 and m.at >= $1 and m.at < $2
    group by 1
 )
-select g.at, g.pending, g.oldest_s, g.in_flight,
-       (select jsonb_object_agg(c.key, c.total) from counted c where c.at = g.at)::text as figures
+select g.at, g.pending, g.oldest_s, g.in_flight, n.figures
   from gauged g
+  left join named n on n.at = g.at
  order by g.at
 """
 
@@ -89,17 +95,11 @@ grouped as (
    limit {CAUSES}
 )
 select g.outcome, g.status, g.reason, g.failures, g.endpoints, g.deliveries, g.first_at, g.last_at, g.event_id, g.delivery_id,
-       e.id as endpoint_id, e.host
-  from grouped g
+       e.id as endpoint_id, e.host, l.looked_back_to
+  from (select case when count(*) = {FAILURES_MOST} then min(at) end as looked_back_to from looked) l
+  left join grouped g on true
   left join hookd.endpoint e on e.key = g.endpoint
  order by g.failures desc, g.last_at desc
-"""
-
-LOOKED = f"""
-select l.at from (
-  select a.at from hookd.attempt a
-   where a.verdict <> 'delivered' and a.at >= $1 and a.at < $2
-   order by a.at desc offset {FAILURES_MOST} limit 1) l
 """
 
 
@@ -177,13 +177,15 @@ async def rates(
     """
     The last hour by minutes, or whatever else: ``seconds=86400, intervals=96`` for a day by quarters of an hour.
 
-    An interval is a whole number of minutes.  ``until`` is now, where it is not given; the last interval goes on beyond it.
+    An interval is a whole number of minutes; of more than two days, of quarters of an hour.  ``until`` is now, where it is not given; the last interval goes on beyond it.
     """
     now = within_reason(until) or await connection.fetchval(NOW)
     step = datetime.timedelta(minutes=max(1, round(seconds / intervals / 60)))
+    # of minutes there are two days; by the quarter a week is as cheap as a day
+    kept = QUARTER_S if step.total_seconds() % QUARTER_S == 0 else MINUTE_S
     end = _floor(now, step) + step
     since = end - step * intervals
-    rows = {r["at"]: dict(r) for r in await connection.fetch(MINUTES, since, end, step)}
+    rows = {r["at"]: dict(r) for r in await connection.fetch(TALLY, since, end, step, kept)}
     found = [_interval(since + step * n, step, rows.get(since + step * n)) for n in range(intervals)]
     return Rates(since, end, found, _whole(since, end, rows))
 
@@ -229,8 +231,11 @@ async def failures(
     """Why attempts failed since then: grouped by outcome, status and reason, the most frequent first."""
     since, upto = within_reason(since) or since, within_reason(until) or await connection.fetchval(NOW)
     rows = await connection.fetch(FAILURES, since, upto, endpoint, tenant)
-    looked = await connection.fetchval(LOOKED, since, upto)
-    return Failures(dictionaries(rows), looked)
+    causes = [row for row in dictionaries(rows) if row["failures"] is not None]
+    looked = rows[0]["looked_back_to"]
+    for row in causes:
+        del row["looked_back_to"]
+    return Failures(causes, looked)
 
 
 def _floor(at: datetime.datetime, step: datetime.timedelta) -> datetime.datetime:

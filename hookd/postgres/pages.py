@@ -23,7 +23,7 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LOOK_S = 0.1
+LOOK_S = 0.06
 """For so long one page looks."""
 
 STEP_S = 0.02
@@ -217,6 +217,14 @@ async def _forwards(
             break
     look.ended = lower >= ceiling
     return look
+
+
+async def earliest(
+    listing: Listing, since: datetime.datetime, look_s: float = LOOK_S
+) -> dict[str, Any] | None:
+    """The first matching row from then on, as far as it is found in that time."""
+    look = await _forwards(listing, listing.place_at(since), 0, None, look_s)
+    return look.rows[0] if look.rows else None
 
 
 class _Width:

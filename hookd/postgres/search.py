@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres.pages import EPOCH, Page, dictionaries, floor_of, ordered, page, time_of
+from hookd.postgres.pages import (
+    EPOCH,
+    NARROWEST,
+    Page,
+    dictionaries,
+    earliest,
+    floor_of,
+    ordered,
+    page,
+    time_of,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -108,13 +118,13 @@ FAN_OUT_MOST = 100
 
 FATES = f"""
 select k.id, s.state, count(*)::integer as deliveries
-  from unnest($1::uuid[]) as k (id)
+  from (select i as id, hookd.uuid7_time(i) - interval '1 hour' as since from unnest($1::uuid[]) i) k
  cross join lateral (
    (select case when d.attempt = 0 then 'pending' else 'retrying' end as state
       from hookd.delivery d where d.event_id = k.id limit {FAN_OUT_MOST})
    union all
    (select a.verdict from hookd.attempt a
-     where a.event_id = k.id and a.verdict in ('delivered', 'exhausted', 'expired', 'cancelled') limit {FAN_OUT_MOST})) s
+     where a.event_id = k.id and a.at >= k.since and a.verdict in ('delivered', 'exhausted', 'expired', 'cancelled') limit {FAN_OUT_MOST})) s
  group by k.id, s.state
 """
 
@@ -286,7 +296,13 @@ async def deliveries(
     await _check(connection, wanted, DELIVERY_FILTERS, STATES)
     key = await _endpoint_key(connection, wanted)
     listing = _Deliveries(connection, wanted, key)
-    found = await page(listing, cursor, limit, since=wanted.since, until=wanted.until)
+    since, until = wanted.since, wanted.until
+    if wanted.event is not None:
+        # they lie where their event does
+        made = time_of(wanted.event)
+        since = made if since is None else max(since, made)
+        until = made + NARROWEST if until is None else min(until, made + NARROWEST)
+    found = await page(listing, cursor, limit, since=since, until=until)
     return await _named(connection, found)
 
 
@@ -325,6 +341,14 @@ async def dead_letters(
     listing = _DeadLetters(connection, wanted, key)
     found = await page(listing, cursor, limit, since=wanted.since, until=wanted.until)
     return await _named(connection, found, events_too=False)
+
+
+async def first_attempt(
+    connection: asyncpg.Connection, delivery_id: int, since: datetime.datetime
+) -> UUID | None:
+    """The event of a delivery, by its first attempt from then on; None: it is not found in a moment."""
+    row = await earliest(_Attempts(connection, Filter(delivery=delivery_id), None), since)
+    return None if row is None else row["event_id"]
 
 
 async def _check(

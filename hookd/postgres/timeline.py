@@ -98,10 +98,11 @@ select s.value, s.created_at, s.expires_at from hookd.endpoint_secret s
  order by s.id desc
 """
 
-# When a delivery of this number was inserted, by what the daemons wrote down each minute.
+# Between which times a delivery of this number was inserted, by what the daemons wrote down.
 INSERTED = """
-select (select m.at from hookd.minute m where m.delivery_id < $1 order by m.at desc limit 1) as after,
-       (select m.at from hookd.minute m where m.delivery_id >= $1 order by m.at limit 1) as before
+select max(t.at) filter (where t.delivery_id < $1) as after,
+       min(t.at + t.seconds * interval '1 second') filter (where t.delivery_id >= $1) as before
+  from hookd.tally t
 """
 
 FIND_DEAD = "select event_id from hookd.dead_letter where delivery_id = $1"
@@ -121,13 +122,6 @@ select d.event_id from hookd.delivery d
 """
 
 FIND_WAITING = "select d.event_id from hookd.delivery d where d.id = $1 and d.due_at is not null limit 1"
-
-FIND_ATTEMPT = """
-select a.event_id from hookd.attempt a
- where a.at >= $2 and a.at < $3 and a.delivery_id = $1
- order by a.at
- limit 1
-"""
 
 FIND_EVENT = "select 1 from hookd.event where id = $1"
 
@@ -270,8 +264,8 @@ async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUI
     """
     The event of a delivery, pending or past.
 
-    No index knows deliveries by number: a row of the queue lives for milliseconds.  When it was inserted is known to the
-    minute, and then one minute of the log is looked through.
+    No index knows deliveries by number: a row of the queue lives for milliseconds.  When it was inserted is known to
+    the minute, or to a quarter of an hour, and from there the log is looked through.
     """
     for statement in (FIND_DEAD, FIND_FRESH):
         event_id: UUID | None = await connection.fetchval(statement, delivery_id)
@@ -280,15 +274,13 @@ async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUI
     row = await connection.fetchrow(INSERTED, delivery_id)
     assert row is not None
     minute = datetime.timedelta(minutes=1)
-    after = (row["after"] or EPOCH + minute) - minute
-    before = row["before"] + minute if row["before"] else None
-    event_id = await connection.fetchval(
-        FIND_PENDING, delivery_id, floor_of(after), None if before is None else floor_of(before)
+    after = row["after"] - minute if row["after"] else EPOCH
+    before = None if row["before"] is None else floor_of(row["before"] + minute)
+    return (
+        await connection.fetchval(FIND_PENDING, delivery_id, floor_of(after), before)
+        or await search.first_attempt(connection, delivery_id, after)
+        or await connection.fetchval(FIND_WAITING, delivery_id)
     )
-    if event_id is None:
-        upto = before or datetime.datetime.now(datetime.UTC) + search.SKEW
-        event_id = await connection.fetchval(FIND_ATTEMPT, delivery_id, after, upto + minute)
-    return event_id or await connection.fetchval(FIND_WAITING, delivery_id)
 
 
 def in_words(attempt: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 -- What the console and the API read: figures that the daemons counted, failures apart from what went well, and who did what.
 -- Nothing here is written once a delivery.
 
-create table hookd.minute (
+create table hookd.tally (
+  seconds smallint not null,
   at timestamptz not null,
   node text not null,
   delivery_id bigint not null,
@@ -9,12 +10,14 @@ create table hookd.minute (
   oldest_s real not null,
   in_flight integer not null,
   figures jsonb not null,
-  primary key (at, node)
+  primary key (seconds, at, node)
 ) with (fillfactor = 50);
-comment on table hookd.minute is 'What each daemon counted in each minute, written every ten seconds: rates, latency and lag without counting hookd.attempt';
-comment on column hookd.minute.delivery_id is 'The newest delivery then: says when a delivery was inserted, which its number alone does not';
-comment on column hookd.minute.pending is 'In the queue then, of all daemons together; counted up to 200,000';
-comment on column hookd.minute.figures is 'Counters: verdict.delivered, outcome.timeout, attempt_ms.250 (up to so many milliseconds), lag_ms.1000, …';
+comment on table hookd.tally is 'What each daemon counted, by the minute and by the quarter of an hour, written every ten seconds: rates, latency and lag without counting hookd.attempt';
+comment on column hookd.tally.seconds is '60 (kept for two days) or 900 (as long as attempts)';
+comment on column hookd.tally.at is 'When the minute or the quarter began';
+comment on column hookd.tally.delivery_id is 'The newest delivery then: says when a delivery was inserted, which its number alone does not';
+comment on column hookd.tally.pending is 'In the queue then, of all daemons together; counted up to 200,000';
+comment on column hookd.tally.figures is 'Counters: verdict.delivered, outcome.timeout, attempt_ms.250 (up to so many milliseconds), lag_ms.1000, …';
 
 create table hookd.endpoint_hour (
   at timestamptz not null,
@@ -47,8 +50,8 @@ comment on column hookd.audit.who is 'cli: user@machine; api: token, or loopback
 comment on column hookd.audit.details is 'What was asked for; never a secret';
 
 -- Empty for what is delivered: a success pays nothing for it.
-create index attempt_failed on hookd.attempt (at) where verdict <> 'delivered';
-comment on index hookd.attempt_failed is 'failures by time, however many successes lie between them';
+create index attempt_failed on hookd.attempt (at, endpoint) where verdict <> 'delivered';
+comment on index hookd.attempt_failed is 'failures by time, and those of one endpoint without reading the others';
 
 create or replace function hookd.grant_roles() returns void
 language plpgsql set search_path = pg_catalog, pg_temp
@@ -72,7 +75,7 @@ begin
     grant usage on schema hookd to hookd_reader;
     grant select on hookd.event, hookd.endpoint, hookd.delivery, hookd.attempt, hookd.dead_letter,
       hookd.delivery_status, hookd.node, hookd.partition, hookd.migration, hookd.setting, hookd.shard,
-      hookd.minute, hookd.endpoint_hour, hookd.audit to hookd_reader;
+      hookd.tally, hookd.endpoint_hour, hookd.audit to hookd_reader;
     -- everything but the value: `hookd endpoint show` works for a reader
     grant select (id, endpoint, purpose, shown, created_at, expires_at) on hookd.endpoint_secret to hookd_reader;
     grant execute on function hookd.uuid7_floor(timestamptz), hookd.uuid7_time(uuid), hookd.check_thin(uuid, bigint, text),
