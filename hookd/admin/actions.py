@@ -319,11 +319,9 @@ class Actions:
         """Events to endpoints once more, as ``resending.matching`` found them; ``asked`` is what for, for the audit trail."""
         queued = 0
         async with self._session() as connection:
-            subject = Subject(asked.get("endpoint"), asked.get("event"), None, asked.get("tenant"))
-            details = {n: v for n, v in asked.items() if n not in ("endpoint", "event", "tenant")}
-            await audit.record(
-                connection, actor, "delivery.replay", subject, details | {"matching": len(pairs)}
-            )
+            subject, details = audit.of_selection(asked)
+            details["matching"] = len(pairs)
+            await audit.record(connection, actor, "delivery.replay", subject, details)
             async for total in history.queue_again(connection, pairs):
                 queued = total
         return queued

@@ -91,7 +91,7 @@ class World:
     async def counted(self) -> None:
         """The charts are made of what the daemon writes down every ten seconds."""
         await wait_for_row(
-            self.dsn, "select 1 from hookd.minute m where (m.figures ->> 'verdict.delivered')::integer > 0"
+            self.dsn, "select 1 from hookd.tally m where (m.figures ->> 'verdict.delivered')::integer > 0"
         )
 
     async def number(self, event: str) -> int:
