@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from aiohttp import web
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     from hookd.daemon import Daemon
     from hookd.postgres.reading import Reading
 
+log = structlog.get_logger("hookd")
+
 HERE = Path(__file__).parent
 
 STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 THEMES = ("light", "dark")
+
+SAY_AGAIN = datetime.timedelta(minutes=1)
 
 INSIDE = re.compile(r"/(?![/\\])[\x21-\x7e]*")
 """A path on this server: ``//elsewhere`` is another."""
@@ -158,6 +163,8 @@ class Door:
     def __init__(self, site: Site, access: Access) -> None:
         self._site = site
         self._access = access
+        self._wrong = 0
+        self._said_at = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 
     async def show(self, request: web.Request) -> web.Response:
         """``GET /login``."""
@@ -172,7 +179,9 @@ class Door:
         if not self._access.needs_token:
             raise web.HTTPSeeOther("/")
         if not self._access.is_token(given):
+            self._say_wrong(request)
             return self._site.log_in_page(request, wanted, status=401, wrong=True)
+        log.info("console: logged in", remote=request.remote)
         answer = web.Response(status=303, headers={"Location": wanted})
         answer.set_cookie(
             self._site.sessions.cookie,
@@ -183,6 +192,14 @@ class Door:
             secure=request.headers.get("Origin", "").lower().startswith("https://"),
         )
         return answer
+
+    def _say_wrong(self, request: web.Request) -> None:
+        """At most one line a minute: whoever guesses must not fill the log."""
+        self._wrong += 1
+        now = self._site.now()
+        if now - self._said_at >= SAY_AGAIN:
+            log.warning("console: wrong tokens", count=self._wrong, remote=request.remote)
+            self._said_at, self._wrong = now, 0
 
     async def log_out(self, request: web.Request) -> web.Response:
         """``POST /logout``."""

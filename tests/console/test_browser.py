@@ -32,6 +32,13 @@ PAGES = (
 )  # fmt: skip
 
 
+CONTRASTS = (
+    "/", "/endpoints/add", "/endpoints/{bad}", "/events", "/events/{failed}/{number}", "/deliveries?state=nonsense", "/audit",
+    "/resend?state=exhausted&tenant=acme",
+)  # fmt: skip
+"""Looked at in dark, too: every colour is on one of them."""
+
+
 class Looker:
     """A tab, and everything that went wrong in it."""
 
@@ -88,12 +95,12 @@ def look(browser: Any, world: World, stage: Stage) -> Callable[..., None]:
     return run
 
 
-async def _paths(world: World) -> list[str]:
+async def _paths(world: World, pages: tuple[str, ...] = PAGES) -> list[str]:
     known = {
         "good": world.good, "bad": world.bad, "delivered": world.delivered, "failed": world.failed,
         "number": await world.number(world.failed), "delivered_number": await world.number(world.delivered),
     }  # fmt: skip
-    return [path.format(**known) for path in PAGES]
+    return [path.format(**known) for path in pages]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -108,7 +115,7 @@ def test_every_page_can_be_read_by_everybody(look: Callable[..., None], world: W
 
     async def work(looker: Any, page: Any) -> None:
         await world.counted()
-        for path in await _paths(world):
+        for path in await _paths(world, CONTRASTS if scheme == "dark" else PAGES):
             await looker.go(path)
             await page.evaluate(
                 "for (const d of document.querySelectorAll('details:not(figure *)')) d.open = true"
@@ -293,7 +300,8 @@ def test_the_live_tail_shows_what_happens(look: Callable[..., None], world: Worl
     look(work)
 
 
-def test_pause_and_resume(look: Callable[..., None], world: World) -> None:
+@pytest.mark.parametrize("javascript", [True, False])
+def test_pause_and_resume(look: Callable[..., None], world: World, javascript: bool) -> None:
     async def work(looker: Any, page: Any) -> None:
         await looker.go(f"/endpoints/{world.good}")
         await page.locator("summary", has_text="Pause").click()
@@ -315,7 +323,7 @@ def test_pause_and_resume(look: Callable[..., None], world: World) -> None:
         )
         assert "endpoint.pause" in await page.locator("main").inner_text()
 
-    look(work)
+    look(work, java_script_enabled=javascript)
 
 
 def test_resend_one(look: Callable[..., None], world: World) -> None:

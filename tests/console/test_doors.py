@@ -60,6 +60,8 @@ def test_the_token_opens_a_session(guarded: World) -> None:
     assert ask(guarded.url, "POST /logout", *OWN, f"Cookie: {cookie}")[0] == 303
     assert ask(guarded.url, "GET /", "Host: @", f"Cookie: {cookie}")[0] == 401
     assert TOKEN not in str(guarded.daemon.log())
+    assert len(guarded.daemon.said("console: wrong tokens")) == 1
+    assert guarded.daemon.said("console: logged in")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def test_no_cookie_that_was_made_up_opens_anything(made_up: str) -> None:
     value = sessions.open()
     assert not sessions.holds(made_up)
     assert not sessions.holds(f"hookd={made_up}")
-    assert made_up == "" or not sessions.holds(f"hookd={value}{made_up.strip() or 'x'}")
+    longer = made_up.replace(";", "").strip() or "x"  # what comes after one is another cookie
+    assert not sessions.holds(f"hookd={value}{longer}")
     expires, session_id, signature = value.split(".")
     for forged in (
         f"{int(expires) + 1}.{session_id}.{signature}",

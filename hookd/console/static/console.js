@@ -104,7 +104,7 @@ if (renewing) {
   const renew = async () => {
     if (busy() || renewing.contains(document.activeElement) || one('main details[open]')) return
     try {
-      const answer = await fetch(location.href, { headers: { 'X-Renew': '1' } })
+      const answer = await fetch(location.href)
       if (!answer.ok) throw new Error(String(answer.status))
       const fresh = one('main', parsed(await answer.text()))
       one('#renewed', renewing).replaceWith(document.adoptNode(one('#renewed', fresh)))
