@@ -15,6 +15,7 @@ import re
 import stat
 import tomllib
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 TOKEN_LEAST = 16
+
+ASK_AGAIN_SHARE = 0.2
+"""Of ``retry.disable_after``: a verified endpoint that has failed for so long is asked again (a day, of five)."""
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -110,6 +114,7 @@ class SecurityConfig(msgspec.Struct, frozen=True):
     master_key_file: str = ""
     require_verification: bool = False
     unverified: Literal["wait", "skip"] = "wait"
+    core_dumps: bool = False
 
 
 class AdminConfig(msgspec.Struct, frozen=True):
@@ -149,7 +154,17 @@ class Config(msgspec.Struct, frozen=True):
 
     def retry_policy(self) -> RetryPolicy:
         """The retry schedule as the core knows it."""
-        return RetryPolicy(tuple(self.retry.schedule), self.retry.jitter, self.retry.disable_after)
+        retry, ask_again_after_s = self.retry, self.ask_again_after_s()
+        return RetryPolicy(
+            tuple(retry.schedule),
+            retry.jitter,
+            retry.disable_after,
+            inf if ask_again_after_s is None else ask_again_after_s,
+        )
+
+    def ask_again_after_s(self) -> float | None:
+        """After how long of nothing but failures a verified endpoint is asked again; None: verification is not required."""
+        return self.retry.disable_after * ASK_AGAIN_SHARE if self.security.require_verification else None
 
     def default_limits(self) -> HostLimits:
         """What every host may be sent that is not named."""
@@ -475,7 +490,11 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
-        if not name or os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+        if not name:
+            continue
+        if os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+            if path == "network.ca_file":
+                yield from _bad_bundle(name)
             continue
         if path == "network.ca_file":
             yield path, f"there is no file {name}"
@@ -483,6 +502,17 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
             # not repeated: it may be the secret itself, written where its file's name belongs
             hint = "; `hookd secrets new-key FILE` makes one" if path == "security.master_key_file" else ""
             yield path, f"there is no such file; write the path of a file that holds the secret{hint}"
+
+
+def _bad_bundle(name: str) -> Iterator[tuple[str, str]]:
+    import ssl  # noqa: PLC0415 - for few
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(name)
+    except ssl.SSLError:
+        yield "network.ca_file", f"{name} has no certificates; a bundle of authorities in PEM is expected"
+    except OSError as error:
+        yield "network.ca_file", f"{name} cannot be read: {error.strerror}"
 
 
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
 from hookd.tally import Counted, Tally
 from hookd.upkeep import Retention, keep_up, measure, publish
-from hookd.verification import ask
+from hookd.verification import ask, question
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,6 +131,7 @@ class Daemon:
         """When a fault of ours was last spoken of; the faults are few."""
         self._unreadable_said: set[str] = set()
         self._telling: asyncio.Task[None] | None = None
+        self._noting: set[asyncio.Task[None]] = set()
         self.rules = self._address_rules()
         self.lanes = Lanes(
             config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
@@ -156,6 +157,7 @@ class Daemon:
             self.exchange,
             self.recorder,
             lambda endpoint: Composer(endpoint, self.wire()),
+            lambda endpoint, now: question(endpoint, self.wire(), now),
             config.retry_policy(),
             self._clock,
             self._dice,
@@ -165,6 +167,7 @@ class Daemon:
             report=self._reported,
             fault=self._faulty,
             ours=self._held_back,
+            verified=self._verified,
         )
 
     # Life.
@@ -280,7 +283,7 @@ class Daemon:
                 self.dispatcher,
                 self._clock,
                 window=READ_AHEAD * self.config.delivery.max_in_flight,
-                known=[d.id for d in self.dispatcher.in_flight()],
+                known=self.dispatcher.taken(),
             )
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())
@@ -569,6 +572,18 @@ class Daemon:
             if kind is VerdictKind.RETRY:
                 about["retry_in_s"] = round(verdict.delay_s, 1)
             log.info("attempt failed", verdict=kind.value, reason=verdict.reason, **about)
+
+    def _verified(self, endpoint: Endpoint) -> None:
+        log.info("endpoint answered its challenge after failing for long", endpoint_id=str(endpoint.id), host=endpoint.host)  # fmt: skip
+        if self.tenure is not None:
+            noting = asyncio.create_task(self._note_verified(self.tenure.maintenance, endpoint))
+            self._noting.add(noting)
+            noting.add_done_callback(self._noting.discard)
+
+    @staticmethod
+    async def _note_verified(maintenance: Maintenance, endpoint: Endpoint) -> None:
+        with contextlib.suppress(DatabaseUnavailable):  # then it is asked once more
+            await maintenance.note_verified(endpoint.id, endpoint.url)
 
     @staticmethod
     def _faulty(delivery: Delivery, error: Exception) -> None:

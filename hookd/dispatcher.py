@@ -8,8 +8,10 @@ a freed slot is used at once.
 A delivery that the dispatcher knows is in exactly one place: waiting in its lane, in flight, held (the fault was ours,
 it is tried again in a moment), or handed to the recorder.
 
-Nothing starts unless the owner session vouches for its locks, and the recorder can take what will come of it
-(``may_start``).
+Nothing starts unless the owner session vouches for its locks, and the recorder can take what will come of it.
+
+A verified endpoint that has failed for long is asked again: its next attempt is a challenge (``core.challenge``), and not
+before that is answered does the delivery go.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from hookd.core.challenge import doubted, unanswered
 from hookd.core.histogram import Histogram
 from hookd.core.model import (
     HEALTHY,
@@ -36,13 +39,14 @@ from hookd.core.model import (
     Verdict,
     VerdictKind,
 )
-from hookd.core.verdict import ending, judge
+from hookd.core.verdict import WANTED, ending, judge
 from hookd.pacing import WAIT_MOST_S, Pacer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hookd.clock import Clock, Dice
+    from hookd.core.challenge import Question
     from hookd.core.lanes import Lanes
     from hookd.core.request import Request
     from hookd.recorder import Recorder
@@ -57,6 +61,9 @@ TURN_MOST = 100
 
 CLASSES = tuple(f"{n}xx" for n in range(10))
 """Answers, as metrics count them; a status has three digits."""
+
+UNSERVED_S = 0.5
+"""How soon to look again for the endpoint of one that is held."""
 
 FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
@@ -130,6 +137,7 @@ class Dispatcher:
         exchange: Exchange,
         recorder: Recorder,
         compose: Callable[[Endpoint], Preparer],
+        question: Callable[[Endpoint, float], Question],
         policy: RetryPolicy,
         clock: Clock,
         dice: Dice,
@@ -140,15 +148,20 @@ class Dispatcher:
         report: Callable[[Result], None],
         fault: Callable[[Delivery, Exception], None],
         ours: Callable[[str], None],
+        verified: Callable[[Endpoint], None],
     ) -> None:
         """
+        ``question``: a challenge for an endpoint, as of a wall time.
+
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
-        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for.
+        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for;
+        ``verified``: an endpoint has answered its challenge.
         """
         self._lanes = lanes
         self._exchange = exchange
         self._recorder = recorder
         self._compose = compose
+        self._question = question
         self.policy = policy
         self._clock = clock
         self._dice = dice
@@ -158,6 +171,7 @@ class Dispatcher:
         self._report = report
         self._fault = fault
         self._ours = ours
+        self._verified = verified
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
         self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
@@ -256,6 +270,10 @@ class Dispatcher:
         """Deliveries whose exchange is under way."""
         return [delivery for delivery, _ in self._in_flight.values()]
 
+    def taken(self) -> list[DeliveryId]:
+        """Those that a lost session left here, in flight or held: the next one must not read them again."""
+        return [*self._in_flight, *self._held]
+
     def busy_shards(self) -> Counter[int]:
         """
         Deliveries of each shard that are in memory: waiting, in flight, held, or not written yet.
@@ -277,6 +295,9 @@ class Dispatcher:
         """The session is lost: let go of everything that is not in flight."""
         for key in list(self._endpoints):
             self.withdraw(key)
+        for _, timer in self._held.values():
+            timer.cancel()
+        self._held.clear()
         self._endpoints.clear()
         self._preparers.clear()
 
@@ -335,15 +356,20 @@ class Dispatcher:
         preparer = self._preparers.get(endpoint.key)
         if preparer is None:
             preparer = self._preparers[endpoint.key] = self._compose(endpoint)
+        done = partial(self._ended, delivery, wall)
         try:
-            request = preparer.compose(delivery, int(wall))
+            if endpoint.health.failing_since is not None and doubted(endpoint, self.policy, wall):
+                question = self._question(endpoint, wall)
+                request, done = question.request, partial(self._asked, delivery, wall, question)
+            else:
+                request = preparer.compose(delivery, int(wall))
         except ValueError as problem:
             outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
             self._judge(delivery, outcome)
             return False
         turn = Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
         try:
-            attempt = self._exchange.begin(request, turn, partial(self._ended, delivery, wall))
+            attempt = self._exchange.begin(request, turn, done)
         except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
             self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
             return False
@@ -354,6 +380,25 @@ class Dispatcher:
         del self._in_flight[delivery.id]
         outcome.started_at = wall
         self._judge(delivery, outcome)
+        self._go_on()
+
+    def _asked(self, delivery: Delivery, wall: float, question: Question, outcome: Outcome) -> None:
+        """The attempt was a challenge: the endpoint wants to be called, and the delivery goes now, or it has failed."""
+        said = question.judge(outcome)
+        if not said.verified:
+            self._ended(delivery, wall, unanswered(outcome, said))
+            return
+        del self._in_flight[delivery.id]
+        self._lanes.finished(delivery, WANTED, self._clock.mono())
+        endpoint = self._endpoints.get(delivery.endpoint)
+        if endpoint is not None:
+            self._endpoints[endpoint.key] = replace(endpoint, verified_at=wall)
+            self._verified(endpoint)
+        self._hold(delivery, 0.0)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """An exchange has ended."""
         if self.stopping:
             self._landed.set()
         else:
@@ -406,7 +451,11 @@ class Dispatcher:
 
     def _release(self, delivery: Delivery) -> None:
         del self._held[delivery.id]
-        self.admit(delivery)
+        if delivery.endpoint in self._endpoints:
+            self.admit(delivery)
+        else:
+            # the session was lost while it was under way: the next one has not read its endpoint yet
+            self._hold(delivery, UNSERVED_S)
 
     def _end(self, delivery: Delivery, verdict: Verdict) -> None:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))

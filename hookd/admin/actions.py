@@ -191,7 +191,11 @@ class Actions:
         async with self._session() as connection:
             record = await self._found(connection, endpoint_id)
             record, queued = await registry.resume(
-                connection, record.id, missed, require_verification=self._required, actor=actor
+                connection,
+                record.id,
+                missed,
+                ask_again_after_s=self._daemon.config.ask_again_after_s(),
+                actor=actor,
             )
         checked = await self._asked(actor, record)
         return Resumed(checked.record, queued, checked.verification)

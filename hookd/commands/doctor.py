@@ -94,6 +94,10 @@ def _here(config: Config) -> list[Finding]:
         findings.append(
             Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: may be called, private or not; remove it in production")
         )  # fmt: skip
+    if config.security.core_dumps:
+        findings.append(
+            Finding("security.core_dumps", "warn", "on: a core dump of the daemon has secrets in it, and its user's debuggers see them")
+        )  # fmt: skip
     if not config.network.https_only:
         findings.append(Finding("network.https_only", "warn", "http:// endpoints may be registered"))
     return findings

@@ -51,7 +51,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``add`` and ``update`` can set."""
     for option in (
         click.option("--description", help="For people."),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated."),
+        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated. @FILE has one a line."),
         click.option("--format", "format_", type=FORMATS, help="Of the body; the default is delivery.format."),
         click.option("--ordered/--unordered", default=None, help="One event at a time, in the order of their insertion."),
         click.option("--concurrency", type=click.IntRange(1), help="Exchanges at once."),
@@ -85,7 +85,7 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How ``add`` and ``rotate`` come by a signing secret."""
     for option in (
-        click.option("--secret", "given", metavar="S", help="One that you have: whsec_…, whsk_…, or @FILE."),
+        click.option("--secret", "given", metavar="S", help="One that you have: @FILE, or whsec_…, whsk_… itself, which process lists show."),
         click.option("--key-type", type=click.Choice(["hmac", "ed25519"]), help="Of a new secret: shared (whsec_…), or a key pair (whsk_…, whpk_…)."),
     ):  # fmt: skip
         command = option(command)
@@ -297,7 +297,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     """
     Let it receive again, after pause or after it was disabled.
 
-    With security.require_verification one that was never verified, or was disabled, is asked first.
+    With security.require_verification one that was never verified, was disabled, or has failed for long, is asked first.
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
@@ -308,7 +308,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     ) -> tuple[int, EndpointRecord, Verification | None]:
         record, queued = await registry.resume(
             connection, wanted, missed,
-            require_verification=config.security.require_verification, actor=whoami(),
+            ask_again_after_s=config.ask_again_after_s(), actor=whoami(),
         )  # fmt: skip
         if record.state == "unverified":
             return queued, *await verification(connection, config, wanted)

@@ -43,13 +43,13 @@ select a.id, a.at, a.via, a.who, a.action, a.tenant, a.endpoint_id, a.event_id, 
  limit $4
 """)
 
-EDGES = """
-select (select a.at from hookd.audit a where $1::timestamptz is null or a.at < $1
-         order by a.at desc limit 1) as newest,
-       (select a.at from hookd.audit a where $1::timestamptz is null or a.at < $1
-         order by a.at desc offset $2 limit 1) as further,
-       (select a.at from hookd.audit a order by a.at limit 1) as oldest
-"""
+EDGES = ordered("""
+select (select a.at from hookd.audit a where $1::timestamptz is null or a.at {from} $1
+         order by a.at {order} limit 1) as nearest,
+       (select a.at from hookd.audit a where $1::timestamptz is null or a.at {from} $1
+         order by a.at {order} offset $2 limit 1) as further,
+       (select a.at from hookd.audit a order by a.at {opposite} limit 1) as last
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class _Trail:
     sought: Sought
     name: str = field(default="audit", init=False)
 
-    async def edges(self, below: datetime.datetime | None, rows: int) -> Any:
-        row = await self.connection.fetchrow(EDGES, below, rows)
+    async def edges(self, at: datetime.datetime | None, rows: int, *, newer: bool) -> Any:
+        row = await self.connection.fetchrow(EDGES[newer], at, rows)
         return tuple(row or ())
 
     async def window(

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.postgres.connect import unavailable
+from hookd.postgres.registry import VERIFIED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from uuid import UUID
 
 TIMEOUT_S = 60.0
 
@@ -151,6 +153,10 @@ class Maintenance:
         """Add to the hour that began then: endpoint key, delivered, failed, total and slowest milliseconds."""
         columns = [list(column) for column in zip(*fares, strict=True)]
         await self._run(self._connection.execute, NOTE_HOURS, at, *columns)
+
+    async def note_verified(self, endpoint_id: UUID, url: str) -> None:
+        """An endpoint's URL has answered a challenge."""
+        await self._run(self._connection.execute, VERIFIED, endpoint_id, url)
 
     async def thin_key(self) -> bytes:
         """What signs the URLs of thin events."""

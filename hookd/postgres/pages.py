@@ -73,9 +73,9 @@ class Listing(Protocol):
     name: str
 
     async def edges(
-        self, below: datetime.datetime | None, rows: int
+        self, at: datetime.datetime | None, rows: int, *, newer: bool
     ) -> tuple[datetime.datetime | None, datetime.datetime | None, datetime.datetime | None]:
-        """Times of the newest row below a time, of the one so many rows further back, and of the oldest of all."""
+        """Times of the first row beyond a time, of the one so many rows further on, and of the last of all."""
         ...
 
     async def window(
@@ -164,7 +164,7 @@ async def _backwards(
 ) -> _Look:
     # rows of the place's own time may lie on either side of it
     below = None if place is None else _time(place) + NARROWEST * 2
-    newest, further, oldest = await listing.edges(below, PROBE_ROWS)
+    newest, further, oldest = await listing.edges(below, PROBE_ROWS, newer=False)
     if newest is None or oldest is None:
         return _Look([], place or listing.place_at(EPOCH), ended=True)
     if place is None:
@@ -194,18 +194,21 @@ async def _backwards(
 async def _forwards(
     listing: Listing, place: Key, limit: int, until: datetime.datetime | None, look_s: float
 ) -> _Look:
-    newest, further, oldest = await listing.edges(None, PROBE_ROWS)
-    if newest is None or oldest is None:
+    lower = _time(place)
+    # where there is nothing for a while the first window reaches beyond it
+    nearest, further, newest = await listing.edges(lower + NARROWEST * 2, PROBE_ROWS, newer=True)
+    if newest is None:
         return _Look([], place, ended=True)
-    lower = max(oldest, _time(place))
     ceiling = newest + NARROWEST * 2
     if until is not None:
         ceiling = min(ceiling, until)
+    if nearest is None:
+        nearest = lower
     look = _Look([], place)
-    width = _Width(newest - further if further is not None else ceiling - lower)
+    width = _Width(further - nearest if further is not None else ceiling - lower)
     until_s = time.monotonic() + look_s
     while len(look.rows) <= limit and lower < ceiling:
-        upper = min(ceiling, lower + width.width)
+        upper = min(ceiling, max(lower, nearest) + width.width)
         found = await width.timed(listing.window(look.place, upper, limit + 1 - len(look.rows), newer=True))
         if found is None:
             continue
@@ -222,8 +225,15 @@ async def _forwards(
 async def earliest(
     listing: Listing, since: datetime.datetime, look_s: float = LOOK_S
 ) -> dict[str, Any] | None:
-    """The first matching row from then on, as far as it is found in that time."""
+    """
+    The first matching row from then on; None: there is none.
+
+    Raises:
+        TooMuch: it was not found in that time.
+    """
     look = await _forwards(listing, listing.place_at(since), 0, None, look_s)
+    if not look.rows and not look.ended:
+        raise TooMuch("it was not found in a moment")
     return look.rows[0] if look.rows else None
 
 
@@ -308,10 +318,14 @@ def floor_of(at: datetime.datetime) -> UUID:
 
 
 def ordered(statement: str) -> tuple[str, str]:
-    """A statement for older rows and one for newer rows, from one with ``{beyond}``, ``{within}`` and ``{order}``."""
+    """
+    A statement for older rows and one for newer rows.
+
+    Places in it: ``{beyond}`` a key, ``{within}`` a bound, ``{order}`` and its ``{opposite}``, ``{from}`` a time on.
+    """
     return (
-        statement.format(beyond="<", within=">=", order="desc"),
-        statement.format(beyond=">", within="<", order="asc"),
+        statement.format(**{"beyond": "<", "within": ">=", "order": "desc", "opposite": "asc", "from": "<"}),
+        statement.format(**{"beyond": ">", "within": "<", "order": "asc", "opposite": "desc", "from": ">="}),
     )
 
 

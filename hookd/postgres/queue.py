@@ -181,7 +181,7 @@ SNAPSHOT = "select pg_current_snapshot()::text as snapshot, clock_timestamp() as
 
 ENDPOINT_COLUMNS = """
 select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.state, e.state_reason, e.format, e.rate, e.concurrency,
-       e.ordered, e.failing_since, e.failing_reason, e.parked_at, e.former_shards,
+       e.ordered, e.failing_since, e.failing_reason, e.parked_at, e.verified_at, e.former_shards,
        array(select s.value from hookd.endpoint_secret s
               where s.endpoint = e.key and s.purpose = 'signing' and (s.expires_at is null or s.expires_at > now())
               order by s.id desc) as secrets,
@@ -380,6 +380,7 @@ class Queue:
             secrets=found.signing,
             rotates_until=_epoch(r["rotates_until"]),
             headers=found.headers,
+            verified_at=_epoch(r["verified_at"]),
         )
 
     def _state(self, r: asyncpg.Record, unreadable: str | None) -> tuple[EndpointState, str | None]:

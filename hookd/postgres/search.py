@@ -107,11 +107,11 @@ select v.id, v.type, v.tenant, v.created_at, v.deliver_at, v.expires_at, v.idemp
  limit $3
 """)
 
-EVENT_EDGES = """
-select (select v.id from hookd.event v where $1::uuid is null or v.id < $1 order by v.id desc limit 1) as newest,
-       (select v.id from hookd.event v where $1::uuid is null or v.id < $1 order by v.id desc offset $2 limit 1) as further,
-       (select v.id from hookd.event v order by v.id limit 1) as oldest
-"""
+EVENT_EDGES = ordered("""
+select (select v.id from hookd.event v where $1::uuid is null or v.id {from} $1 order by v.id {order} limit 1) as nearest,
+       (select v.id from hookd.event v where $1::uuid is null or v.id {from} $1 order by v.id {order} offset $2 limit 1) as further,
+       (select v.id from hookd.event v order by v.id {opposite} limit 1) as last
+""")
 
 # What has become of each: of one with many deliveries so many are looked at.
 FAN_OUT_MOST = 100
@@ -173,15 +173,15 @@ select s.*
  limit $4
 """)
 
-# By the newer of the two lists' edges, and the nearer of their places.
-DELIVERY_EDGES = """
-select greatest((select d.event_id from hookd.delivery d where $1::uuid is null or d.event_id < $1 order by d.event_id desc limit 1),
-                (select a.event_id from hookd.attempt a where $1::uuid is null or a.event_id < $1 order by a.event_id desc limit 1)) as newest,
-       greatest((select d.event_id from hookd.delivery d where $1::uuid is null or d.event_id < $1 order by d.event_id desc offset $2 limit 1),
-                (select a.event_id from hookd.attempt a where $1::uuid is null or a.event_id < $1 order by a.event_id desc offset $2 limit 1)) as further,
-       least((select d.event_id from hookd.delivery d order by d.event_id limit 1),
-             (select a.event_id from hookd.attempt a order by a.event_id limit 1)) as oldest
-"""
+# Of both lists: what is nearer in either, and what is last in either.
+DELIVERY_EDGES = ordered("""
+select (select d.event_id from hookd.delivery d where $1::uuid is null or d.event_id {from} $1 order by d.event_id {order} limit 1) as pending,
+       (select a.event_id from hookd.attempt a where $1::uuid is null or a.event_id {from} $1 order by a.event_id {order} limit 1) as settled,
+       (select d.event_id from hookd.delivery d where $1::uuid is null or d.event_id {from} $1 order by d.event_id {order} offset $2 limit 1) as pending_further,
+       (select a.event_id from hookd.attempt a where $1::uuid is null or a.event_id {from} $1 order by a.event_id {order} offset $2 limit 1) as settled_further,
+       (select d.event_id from hookd.delivery d order by d.event_id {opposite} limit 1) as pending_last,
+       (select a.event_id from hookd.attempt a order by a.event_id {opposite} limit 1) as settled_last
+""")
 
 # Attempts ---------------------------------------------------------------------------------------------------------
 
@@ -207,15 +207,15 @@ select a.at, a.delivery_id, a.event_id, a.endpoint as endpoint_key, a.attempt, a
  limit $5
 """)
 
-ATTEMPT_EDGES = """
+ATTEMPT_EDGES = ordered("""
 select (select a.at from hookd.attempt a
-         where ($1::timestamptz is null or a.at < $1) and (not $3::boolean or a.verdict <> 'delivered')
-         order by a.at desc limit 1) as newest,
+         where ($1::timestamptz is null or a.at {from} $1) and (not $3::boolean or a.verdict <> 'delivered')
+         order by a.at {order} limit 1) as nearest,
        (select a.at from hookd.attempt a
-         where ($1::timestamptz is null or a.at < $1) and (not $3::boolean or a.verdict <> 'delivered')
-         order by a.at desc offset $2 limit 1) as further,
-       (select a.at from hookd.attempt a where not $3::boolean or a.verdict <> 'delivered' order by a.at limit 1) as oldest
-"""
+         where ($1::timestamptz is null or a.at {from} $1) and (not $3::boolean or a.verdict <> 'delivered')
+         order by a.at {order} offset $2 limit 1) as further,
+       (select a.at from hookd.attempt a where not $3::boolean or a.verdict <> 'delivered' order by a.at {opposite} limit 1) as last
+""")
 
 # Dead letters -----------------------------------------------------------------------------------------------------
 
@@ -234,13 +234,13 @@ select l.died_at, l.delivery_id, l.event_id, l.endpoint as endpoint_key, l.attem
  limit $4
 """)
 
-DEAD_LETTER_EDGES = """
-select (select l.died_at from hookd.dead_letter l where $1::timestamptz is null or l.died_at < $1
-         order by l.died_at desc limit 1) as newest,
-       (select l.died_at from hookd.dead_letter l where $1::timestamptz is null or l.died_at < $1
-         order by l.died_at desc offset $2 limit 1) as further,
-       (select l.died_at from hookd.dead_letter l order by l.died_at limit 1) as oldest
-"""
+DEAD_LETTER_EDGES = ordered("""
+select (select l.died_at from hookd.dead_letter l where $1::timestamptz is null or l.died_at {from} $1
+         order by l.died_at {order} limit 1) as nearest,
+       (select l.died_at from hookd.dead_letter l where $1::timestamptz is null or l.died_at {from} $1
+         order by l.died_at {order} offset $2 limit 1) as further,
+       (select l.died_at from hookd.dead_letter l order by l.died_at {opposite} limit 1) as last
+""")
 
 # What a page shows beside its rows --------------------------------------------------------------------------------
 
@@ -346,8 +346,13 @@ async def dead_letters(
 async def first_attempt(
     connection: asyncpg.Connection, delivery_id: int, since: datetime.datetime
 ) -> UUID | None:
-    """The event of a delivery, by its first attempt from then on; None: it is not found in a moment."""
-    row = await earliest(_Attempts(connection, Filter(delivery=delivery_id), None), since)
+    """
+    The event of a delivery, by its first attempt from then on; None: it has none.
+
+    Raises:
+        TooMuch: it was not found in a second.
+    """
+    row = await earliest(_Attempts(connection, Filter(delivery=delivery_id), None), since, look_s=1.0)
     return None if row is None else row["event_id"]
 
 
@@ -413,8 +418,10 @@ class _Events:
         self._connection = connection
         self._arguments = (wanted.tenant, wanted.type, wanted.path)
 
-    async def edges(self, below: datetime.datetime | None, rows: int) -> Any:
-        return await _edges(self._connection, EVENT_EDGES, None if below is None else floor_of(below), rows)
+    async def edges(self, at: datetime.datetime | None, rows: int, *, newer: bool) -> Any:
+        bound = None if at is None else floor_of(at)
+        found = await self._connection.fetchrow(EVENT_EDGES[newer], bound, rows)
+        return tuple(None if i is None else time_of(i) for i in found or ())
 
     async def window(
         self, place: Key, bound: datetime.datetime, limit: int, *, newer: bool
@@ -439,9 +446,15 @@ class _Deliveries:
         states = list(wanted.states) or None
         self._arguments = (states, key, wanted.tenant, wanted.event, wanted.type, wanted.path)
 
-    async def edges(self, below: datetime.datetime | None, rows: int) -> Any:
-        bound = None if below is None else floor_of(below)
-        return await _edges(self._connection, DELIVERY_EDGES, bound, rows)
+    async def edges(self, at: datetime.datetime | None, rows: int, *, newer: bool) -> Any:
+        bound = None if at is None else floor_of(at)
+        found = await self._connection.fetchrow(DELIVERY_EDGES[newer], bound, rows)
+        times = [None if i is None else time_of(i) for i in found or ()]
+        first, last = (min, max) if newer else (max, min)
+        return tuple(
+            chosen((t for t in pair if t is not None), default=None)
+            for chosen, pair in ((first, times[:2]), (first, times[2:4]), (last, times[4:]))
+        )
 
     async def window(
         self, place: Key, bound: datetime.datetime, limit: int, *, newer: bool
@@ -476,8 +489,8 @@ class _Attempts:
             wanted.type, wanted.path,
         )  # fmt: skip
 
-    async def edges(self, below: datetime.datetime | None, rows: int) -> Any:
-        row = await self._connection.fetchrow(ATTEMPT_EDGES, below, rows, self._failed)
+    async def edges(self, at: datetime.datetime | None, rows: int, *, newer: bool) -> Any:
+        row = await self._connection.fetchrow(ATTEMPT_EDGES[newer], at, rows, self._failed)
         return tuple(row or ())
 
     async def window(
@@ -502,8 +515,8 @@ class _DeadLetters:
         self._connection = connection
         self._arguments = (key, wanted.tenant, wanted.type, wanted.path, wanted.replayed, wanted.event)
 
-    async def edges(self, below: datetime.datetime | None, rows: int) -> Any:
-        row = await self._connection.fetchrow(DEAD_LETTER_EDGES, below, rows)
+    async def edges(self, at: datetime.datetime | None, rows: int, *, newer: bool) -> Any:
+        row = await self._connection.fetchrow(DEAD_LETTER_EDGES[newer], at, rows)
         return tuple(row or ())
 
     async def window(
@@ -517,8 +530,3 @@ class _DeadLetters:
 
     def key_of(self, row: dict[str, Any]) -> Key:
         return row["died_at"], row["delivery_id"]
-
-
-async def _edges(connection: asyncpg.Connection, statement: str, below: UUID | None, rows: int) -> Any:
-    row = await connection.fetchrow(statement, below, rows)
-    return tuple(None if i is None else time_of(i) for i in row or ())

@@ -20,7 +20,7 @@ from hookd.core.sealing import CannotOpen
 from hookd.core.sent import HIDDEN, shown
 from hookd.postgres import search
 from hookd.postgres.explain import explain
-from hookd.postgres.pages import EPOCH, dictionaries, floor_of, time_of
+from hookd.postgres.pages import EPOCH, TooMuch, dictionaries, floor_of, time_of
 from hookd.postgres.vault import SIGNING, unseal
 
 if TYPE_CHECKING:
@@ -276,11 +276,14 @@ async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUI
     minute = datetime.timedelta(minutes=1)
     after = row["after"] - minute if row["after"] else EPOCH
     before = None if row["before"] is None else floor_of(row["before"] + minute)
-    return (
-        await connection.fetchval(FIND_PENDING, delivery_id, floor_of(after), before)
-        or await search.first_attempt(connection, delivery_id, after)
-        or await connection.fetchval(FIND_WAITING, delivery_id)
-    )
+    for statement, arguments in ((FIND_PENDING, (floor_of(after), before)), (FIND_WAITING, ())):
+        event_id = await connection.fetchval(statement, delivery_id, *arguments)
+        if event_id is not None:
+            return event_id
+    try:
+        return await search.first_attempt(connection, delivery_id, after)
+    except TooMuch:
+        raise TooMuch(f"delivery {delivery_id} was not found in a moment; name its event too") from None
 
 
 def in_words(attempt: Mapping[str, Any]) -> str:
