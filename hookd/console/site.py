@@ -181,11 +181,15 @@ class Door:
         if not self._access.is_token(given):
             self._say_wrong(request)
             return self._site.log_in_page(request, wanted, status=401, wrong=True)
-        log.info("console: logged in", remote=request.remote)
+        sessions = self._site.sessions
+        value = sessions.open()
+        log.info(
+            "console: logged in", session=sessions.name(f"{sessions.cookie}={value}"), remote=request.remote
+        )
         answer = web.Response(status=303, headers={"Location": wanted})
         answer.set_cookie(
-            self._site.sessions.cookie,
-            self._site.sessions.open(),
+            sessions.cookie,
+            value,
             httponly=True,
             samesite="Strict",
             # the port speaks plain HTTP; that a browser came by TLS, its Origin says
