@@ -12,7 +12,7 @@ help: ## this list
 run: $(VENV)/.run ## start hookd with config.toml (embedded PostgreSQL, console on http://127.0.0.1:8440)
 	$(BIN)/hookd run --config config.toml
 
-demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becomes of them
+demo: $(VENV)/.run ## receivers good and bad, and what hookd does about each
 	$(BIN)/hookd demo
 
 test: $(VENV)/.dev ## the whole test suite
@@ -28,11 +28,11 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 
 lock: ## renew the lock files from pyproject.toml (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded pyproject.toml build.in -o requirements.lock
+	  --extra embedded --extra docs pyproject.toml build.in -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
+	  --extra embedded --extra docs --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded --extra bench -c requirements-dev.lock pyproject.toml build.in -o requirements-bench.lock
+	  --extra embedded --extra docs --extra bench -c requirements-dev.lock pyproject.toml build.in -o requirements-bench.lock
 
 clean: ## remove .venv and caches (not .hookd, which holds data)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

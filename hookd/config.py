@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -280,7 +281,7 @@ class _Reader:
         self.mistakes: list[Mistake] = []
         self.sources: dict[str, str] = {}
         self._values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-        self._lines = dict(_lines(text))
+        self._lines = dict(lines_of(text))
 
     def refuse(self, path: str, message: str) -> None:
         where = self.sources.get(path) or self._where(path)
@@ -289,7 +290,7 @@ class _Reader:
     def read(self, document: dict[str, Any]) -> None:
         for section, values in document.items():
             if section not in SECTIONS:
-                self.refuse(section, "there is no such section" + _nearest(section, SECTIONS))
+                self.refuse(section, "there is no such section" + nearest(section, SECTIONS))
             elif not isinstance(values, dict):
                 self.refuse(section, f"is a section; write [{section}] above its keys")
             else:
@@ -302,7 +303,7 @@ class _Reader:
                 continue
             section, _, key = name.removeprefix("HOOKD_").lower().partition("__")
             if section not in SECTIONS:
-                self.mistakes.append(Mistake("", f"there is no section {section!r}" + _nearest(section, SECTIONS), f"${name}"))  # fmt: skip
+                self.mistakes.append(Mistake("", f"there is no section {section!r}" + nearest(section, SECTIONS), f"${name}"))  # fmt: skip
                 continue
             wanted = get_type_hints(SECTIONS[section]).get(key)
             value: Any = text
@@ -322,15 +323,15 @@ class _Reader:
         path = f"{section}.{key}"
         kinds = get_type_hints(SECTIONS[section], include_extras=True)
         if key not in kinds:
-            self.mistakes.append(Mistake(path, "there is no such key" + _nearest(key, kinds, section), where))
+            self.mistakes.append(Mistake(path, "there is no such key" + nearest(key, kinds, section), where))
             return
         if path == "limits.hosts":
             self._take_hosts(value, where)
             return
         try:
-            self._values[section][key] = _converted(value, kinds[key])
+            self._values[section][key] = converted(value, kinds[key])
         except (msgspec.ValidationError, ValueError) as error:
-            self.mistakes.append(Mistake(path, _plainly(str(error)), where))
+            self.mistakes.append(Mistake(path, plainly(str(error)), where))
             return
         self.sources[path] = where
 
@@ -348,12 +349,12 @@ class _Reader:
             taken = {}
             for key, given in limits.items():
                 if key not in kinds:
-                    self.refuse(f"{path}.{key}", "there is no such key" + _nearest(key, kinds))
+                    self.refuse(f"{path}.{key}", "there is no such key" + nearest(key, kinds))
                     continue
                 try:
-                    taken[key] = _converted(given, kinds[key])
+                    taken[key] = converted(given, kinds[key])
                 except msgspec.ValidationError as error:
-                    self.refuse(f"{path}.{key}", _plainly(str(error)))
+                    self.refuse(f"{path}.{key}", plainly(str(error)))
             hosts[host.lower()] = HostConfig(**taken)
             self.sources[path] = self._where(path)
         self._values["limits"]["hosts"] = hosts
@@ -363,21 +364,36 @@ class _Reader:
         return f"{self.file}:{line}" if line else self.file
 
 
-def _lines(text: str) -> Iterator[tuple[str, int]]:
-    """Where each key stands, as far as a look at the lines tells."""
-    table = ""
+def lines_of(text: str) -> Iterator[tuple[str, int]]:
+    """Where each key of a TOML text stands, as far as a look at its lines tells; ``changes[0].date`` in arrays of tables."""
+    table, counted = "", Counter[str]()
+    within = ""
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        if within:
+            # a text of several lines may look like anything
+            within = "" if within in line else within
+            continue
+        header = re.match(r"\s*(\[?)\[([^\[\]]+)\]", line)
         if header:
-            table = header[1].strip()
+            table = header[2].strip()
+            if header[1]:
+                counted[table] += 1
+                table = f"{table}[{counted[table] - 1}]"
             yield table, number
             continue
         key = re.match(r'\s*"?([\w\-]+)"?\s*=', line)
         if key:
             yield (f"{table}.{key[1]}" if table else key[1]), number
+            within = next((q for q in ('"""', "'''") if line.count(q) == 1), "")
 
 
-def _converted(value: Any, kind: Any) -> Any:
+def converted(value: Any, kind: Any) -> Any:
+    """
+    A value of TOML as its type asks for it.
+
+    Raises:
+        ValueError: it is of another type, or out of range.
+    """
     for meta in get_args(kind)[1:]:
         unit = (getattr(meta, "extra", None) or {}).get("unit")
         if unit == "duration":
@@ -388,7 +404,7 @@ def _converted(value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal and value not in inner:
         raise ValueError(f"{value!r} is not one of {', '.join(inner)}")
     if inner and getattr(kind, "__origin__", None) is list and isinstance(value, list):
-        return [_converted(item, inner[0]) for item in value]
+        return [converted(item, inner[0]) for item in value]
     return msgspec.convert(value, kind)
 
 
@@ -447,7 +463,8 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _plainly(message: str) -> str:
+def plainly(message: str) -> str:
+    """What msgspec says of a wrong type, in words."""
     names = {"`str`": "text", "`int`": "a whole number", "`float`": "a number", "`bool`": "true or false",
              "`array`": "a list", "`object`": "a section", "`null`": "nothing"}  # fmt: skip
     for name, plain in names.items():
@@ -457,7 +474,8 @@ def _plainly(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _nearest(name: str, known: Mapping[str, Any], section: str = "") -> str:
+def nearest(name: str, known: Mapping[str, Any], section: str = "") -> str:
+    """The key that may have been meant, or which there are; the end of a sentence."""
     close = difflib.get_close_matches(name, known, 1)
     if close:
         return f"; did you mean {section + '.' if section else ''}{close[0]}?"

@@ -506,6 +506,7 @@ class Daemon:
                 "in_flight_ids": [d.id for d in in_flight] if len(in_flight) <= IDS_SHOWN else None,
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),
+                "unsettled_since": self.dispatcher.unsettled_since(self._clock.wall()),
                 "stalled": self.dispatcher.stalled(),
                 "unreadable": {str(i): why for i, why in islice(self.unreadable().items(), UNREADABLE_SHOWN)},
                 "verdicts": self.dispatcher.counts.verdicts,

@@ -174,7 +174,8 @@ class Dispatcher:
         self._verified = verified
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
-        self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
+        self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt, float]] = {}
+        """With the time of their start, in the order of it."""
         self._held: dict[DeliveryId, tuple[Delivery, asyncio.TimerHandle]] = {}
         self._loop = asyncio.get_running_loop()
         self._turn_asked = False
@@ -268,7 +269,12 @@ class Dispatcher:
 
     def in_flight(self) -> list[Delivery]:
         """Deliveries whose exchange is under way."""
-        return [delivery for delivery, _ in self._in_flight.values()]
+        return [delivery for delivery, _, _ in self._in_flight.values()]
+
+    def unsettled_since(self, wall: float) -> float:
+        """When the oldest attempt began that is not committed; ``wall``, now, where there is none."""
+        first = next((began for _, _, began in self._in_flight.values()), wall)
+        return min(first, self._recorder.unwritten_since(wall))
 
     def taken(self) -> list[DeliveryId]:
         """Those that a lost session left here, in flight or held: the next one must not read them again."""
@@ -280,7 +286,7 @@ class Dispatcher:
 
         While stopping only those in flight or not written: the others are not started any more.
         """
-        busy = Counter(delivery.shard for delivery, _ in self._in_flight.values())
+        busy = Counter(delivery.shard for delivery, _, _ in self._in_flight.values())
         busy.update(delivery.shard for delivery in self._recorder.unwritten())
         if self.stopping:
             return busy
@@ -373,7 +379,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
             self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
             return False
-        self._in_flight[delivery.id] = (delivery, attempt)
+        self._in_flight[delivery.id] = (delivery, attempt, wall)
         return True
 
     def _ended(self, delivery: Delivery, wall: float, outcome: Outcome) -> None:
@@ -488,7 +494,7 @@ class Dispatcher:
         except TimeoutError:
             pass
         cut_off = len(self._in_flight)
-        for _, attempt in self._in_flight.values():
+        for _, attempt, _ in self._in_flight.values():
             attempt.cancel()
         self._in_flight.clear()
         for _, timer in self._held.values():

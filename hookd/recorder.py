@@ -116,6 +116,12 @@ class Recorder:
         """The deliveries whose results are not committed yet."""
         return [r.delivery for r in self._results]
 
+    def unwritten_since(self, wall: float) -> float:
+        """When the oldest attempt began whose result is not committed; ``wall`` where there is none."""
+        return min(
+            (r.outcome.started_at if r.outcome else r.written_wall for r in self._results), default=wall
+        )
+
     async def empty(self) -> None:
         """Wait until all is written."""
         while self._results:

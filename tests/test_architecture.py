@@ -32,6 +32,7 @@ FLOORS = {
     "hookd.daemon": 4,
     "hookd.admin": 4,
     "hookd.console": 4,
+    "hookd.guide": 4,
     "hookd.commands": 5,
     "hookd.__main__": 5,
     "hookd": 0,
@@ -56,6 +57,8 @@ ONLY_IN = {
     "uvloop": ("hookd.commands",),
     "click": ("hookd.commands",),
     "prometheus_client": ("hookd.telemetry",),
+    "markdown_it": ("hookd.guide",),
+    "jsonschema_rs": ("hookd.guide",),
     "random": ("hookd.clock", "hookd.commands"),
 }
 
