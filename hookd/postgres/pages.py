@@ -9,6 +9,7 @@ or empty, and says how far it looked; its ``older`` goes on from there.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import datetime
@@ -28,6 +29,9 @@ LOOK_S = 0.06
 
 STEP_S = 0.02
 """What one window should take."""
+
+WINDOW_MOST_S = 0.1
+"""When one takes longer it is broken off and tried again, narrower: where few rows lay, many may follow."""
 
 PROBE_ROWS = 2000
 """The first window is as wide as so many rows."""
@@ -247,13 +251,15 @@ class _Width:
         """What a window brings, and a better width for the next; None: it was too wide."""
         begun = time.monotonic()
         try:
-            found: list[dict[str, Any]] = await window
-        except asyncpg.QueryCanceledError:
+            # the narrowest has to succeed, as long as PostgreSQL lets it
+            async with asyncio.timeout(WINDOW_MOST_S if self.width > NARROWEST else None):
+                found: list[dict[str, Any]] = await window
+        except (asyncpg.QueryCanceledError, TimeoutError):
             if self.width <= NARROWEST:
                 raise TooMuch("a search took too long; name an event, an endpoint or a time") from None
             self.width = max(self.width / 32, NARROWEST)
             return None
-        factor = STEP_S / max(time.monotonic() - begun, STEP_S / 16)
+        factor = STEP_S / max(time.monotonic() - begun, STEP_S / 8)
         self.width = max(self.width * max(factor, 0.25), NARROWEST)
         return found
 
