@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench lint lock clean
+.PHONY: help run demo test bench torture lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(VENV)/.dev ## the whole test suite
 
 bench: $(VENV)/.bench ## the load scripts (up to 15 minutes); a report with plots in .bench
 	$(BIN)/python bench/all.py $(ARGS)
+
+torture: $(VENV)/.bench ## daemons and PostgreSQL killed under load, hours of it; ARGS="--short", "--resume"; a report in .bench
+	$(BIN)/python bench/torture.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -555,11 +555,18 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
                 f'{text!r} is no NAT64 prefix; write an IPv6 network such as "64:ff9b::/96", its length one of {lengths}',
             )
     for text in network.nameservers:
+        match = NAME_SERVER.fullmatch(text)
         try:
-            ipaddress.ip_address(text)
+            ipaddress.ip_address(match["bracketed"] or match["address"] if match else text)
         except ValueError:
-            yield "network.nameservers", f"{text!r} is no IP address"
+            yield (
+                "network.nameservers",
+                f'{text!r} is no IP address; write one, or with a port "192.0.2.1:5353" or "[2001:db8::1]:5353"',
+            )
     yield from _bad_proxy(network)
+
+
+NAME_SERVER = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<address>[^:\[\]]+)):\d{1,5}")
 
 
 def _bad_proxy(network: NetworkConfig) -> Iterator[tuple[str, str]]:

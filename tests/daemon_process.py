@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 START_DEADLINE_S = 60.0
@@ -34,13 +34,14 @@ A_SECRET = re.compile(r"wh(?:sec|sk)_[A-Za-z0-9+/]{16}")
 class DaemonProcess:
     """``hookd run``, and what it said."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
+        """``prefix`` is a command that runs the daemon: in a network of its own, or with other limits."""
         # appended to: the daemon shares the offset that log() moves, and would write over what it has said
         self._said = (folder / f"daemon-{time.monotonic_ns()}.log").open("a+", encoding="utf-8")
         self._passwords = {p for p in [urlsplit(environment.get("HOOKD_DATABASE__DSN", "")).password] if p}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HOOKD_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hookd", "run"],
+            [*prefix, sys.executable, "-m", "hookd", "run"],
             env=inherited | DEFAULTS | environment,
             cwd=folder,
             stdout=self._said,

@@ -26,6 +26,7 @@ FLOORS = {
     "hookd.tally": 3,
     "hookd.trial": 3,
     "hookd.verification": 3,
+    "hookd.failpoints": 4,
     "hookd.logs": 4,
     "hookd.systemd": 4,
     "hookd.telemetry": 4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import asyncpg
 import orjson
 import structlog
 from aiohttp import web
@@ -155,6 +156,8 @@ class AdminServer:
             return self._failed(request, 422, "filter", str(error))
         except (Busy, TooMuch) as error:
             return self._failed(request, 503, "busy", str(error))
+        except asyncpg.UndefinedTableError:
+            return self._failed(request, 503, "database", "the database has no schema of hookd's yet")
         except Exception as error:
             if unavailable(error) is None:
                 log.exception("a request to the admin server failed", path=request.path)
@@ -173,9 +176,11 @@ class AdminServer:
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        if self._daemon.ready.is_set() and self._daemon.tenure is not None:
-            return web.json_response({"status": "ready", "shards": len(self._daemon.tenure.owner.shards)})
-        return problem(503, "not_ready", "the database is away, or shards are being recovered")
+        trouble = self._daemon.trouble()
+        tenure = self._daemon.tenure
+        if trouble or tenure is None:
+            return problem(503, "not_ready", trouble)
+        return web.json_response({"status": "ready", "shards": len(tenure.owner.shards)})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})

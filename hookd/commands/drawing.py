@@ -175,8 +175,10 @@ def daemons(nodes: Sequence[Mapping[str, Any]], at: Any, width: int | None) -> l
             f"{summary['in_flight']:,} in flight",
             f"{summary['waiting']:,} in memory",
             *([f"silent for {span(silence_s)}"] if silent else []),
+            *([f"waits for {summary['stalled']}"] if summary.get("stalled") else []),
+            *([f"holds deliveries back: {fault}" for fault in summary.get("faults", ())]),
         ]
-        lines += fact("daemon", said, width, "bad" if silent else "")
+        lines += fact("daemon", said, width, "bad" if silent or summary.get("faults") else "")
     return lines
 
 
@@ -279,6 +281,8 @@ def _waits_for(lane: Lane) -> tuple[str, bool]:
             return "probe", True
         case "hold":
             return "Retry-After", True
+        case "machine":
+            return "this machine", True
         case "endpoint":
             return "endpoint limits", False
         case "share":

@@ -326,7 +326,15 @@ def health(invocation: Invocation) -> None:
         with direct.open(url, timeout=5) as answer:
             said = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Failed(f"not ready: {error.read(200).decode('utf-8', 'replace').strip()}") from None
+        raise Failed(f"not ready: {_said_by(error)}") from None
     except (OSError, ValueError) as error:
         raise Failed(f"no daemon answers at {url}: {error}") from None
     print_json(said) if invocation.json else click.echo("ready")
+
+
+def _said_by(error: urllib.error.HTTPError) -> str:
+    text = error.read(1000).decode("utf-8", "replace").strip()
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text

@@ -108,7 +108,13 @@ def judge(
         case Consequence.DELIVERED:
             return _DELIVERED
         case Consequence.HOLD:
-            return Verdict(VerdictKind.HOLD, describe(outcome), delay_s=OURS_DELAY_S * (0.5 + draw))
+            delay = OURS_DELAY_S * (0.5 + draw)
+            if outcome.fault is not None:
+                return Verdict(VerdictKind.HOLD, describe(outcome), delay_s=delay)
+            # the next one would meet the same: the lane waits with it, and tries fewer at once
+            return Verdict(
+                VerdictKind.HOLD, describe(outcome), delay_s=delay, hold_lane_s=delay, slow_lane=True
+            )
         case Consequence.GONE:
             return Verdict(
                 VerdictKind.EXHAUSTED,

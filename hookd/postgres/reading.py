@@ -25,7 +25,10 @@ STATEMENT_MS = 1000
 
 WAIT_S = 2.0
 
+# Set when a session is open, not with which it is opened: poolers refuse those that they do not know, and one that is read-only
+# from the start is taken for a standby.
 SETTINGS = {
+    "default_transaction_read_only": "on",
     "statement_timeout": str(STATEMENT_MS),
     "lock_timeout": "500",
     "idle_in_transaction_session_timeout": "10000",
@@ -41,23 +44,19 @@ SETTINGS = {
 }
 
 
-# Not among the settings that a session starts with: whoever wants a writable node takes it for one that is not.
-READ_ONLY = "set default_transaction_read_only = on"
-
-
 class Busy(Exception):
     """All sessions for looking are taken."""
 
 
 async def _prepare(connection: asyncpg.Connection) -> None:
-    await connection.execute(READ_ONLY)
+    await connection.execute("; ".join(f"set {name} = {value}" for name, value in SETTINGS.items()))
 
 
 class Reading:
     """The sessions for looking."""
 
     def __init__(self, database: Database) -> None:
-        self._pool = database.pool("reading", SESSIONS, SETTINGS, prepare=_prepare)
+        self._pool = database.pool("reading", SESSIONS, _prepare)
 
     async def open(self) -> None:
         """Make it usable; no session is opened yet."""

@@ -213,7 +213,7 @@ def test_odd_heads_end_in_an_answer(start_daemon: Callable[..., DaemonProcess]) 
         assert 400 <= status < 500, (line[:40], lines)
     big = b'{"url": "' + b"a" * 1024 * 1024 + b'"}'
     assert ask(daemon.admin, "POST /api/v1/endpoints", "Host: @", JSON, body=big)[0] == 413
-    assert not daemon.said("a request to the API failed")
+    assert not daemon.said("a request to the admin server failed")
 
 
 def test_the_token_is_wanted_for_everything_but_probes(
