@@ -52,6 +52,17 @@ GRACE_S = 3.0
 """For answers under way when the server stops."""
 
 
+EXPECTED = (
+    ((DatabaseUnavailable, DatabaseRefused), 503, "database"),
+    ((asyncpg.UndefinedTableError,), 503, "schema"),
+    ((BadFilter,), 422, "filter"),
+    ((Busy, TooMuch), 503, "busy"),
+)
+"""What may go wrong, and how it is answered."""
+
+NO_SCHEMA = "the database has no schema of hookd's yet"
+
+
 class AdminServer:
     """Everything that answers on ``[admin] listen``."""
 
@@ -148,17 +159,12 @@ class AdminServer:
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
-        except (DatabaseUnavailable, DatabaseRefused) as error:
-            return self._failed(request, 503, "database", str(error))
         except Problem as error:
             return self._console.failed(request, error.status, str(error), error.title)
-        except BadFilter as error:
-            return self._failed(request, 422, "filter", str(error))
-        except (Busy, TooMuch) as error:
-            return self._failed(request, 503, "busy", str(error))
-        except asyncpg.UndefinedTableError:
-            return self._failed(request, 503, "database", "the database has no schema of hookd's yet")
         except Exception as error:
+            for kinds, status, code in EXPECTED:
+                if isinstance(error, kinds):
+                    return self._failed(request, status, code, NO_SCHEMA if code == "schema" else str(error))
             if unavailable(error) is None:
                 log.exception("a request to the admin server failed", path=request.path)
                 return self._failed(request, 500, "internal", "this should not happen; the log says more")
