@@ -253,6 +253,11 @@ class Daemon:
             self._stop_now.set()
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains: what waits for more to come should end."""
+        return self._stop.is_set()
+
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

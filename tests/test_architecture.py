@@ -32,6 +32,7 @@ FLOORS = {
     "hookd.telemetry": 4,
     "hookd.daemon": 4,
     "hookd.admin": 4,
+    "hookd.console": 4,
     "hookd.guide": 4,
     "hookd.commands": 5,
     "hookd.__main__": 5,
@@ -47,11 +48,13 @@ CORE_MAY_IMPORT = {
 }  # fmt: skip
 
 ONLY_IN = {
-    "asyncpg": ("hookd.postgres", "hookd.admin", "hookd.commands"),
+    "asyncpg": ("hookd.postgres", "hookd.admin", "hookd.console", "hookd.commands"),
     "cryptography": ("hookd.core",),
     "aiodns": ("hookd.net",),
     "pycares": ("hookd.net",),
-    "aiohttp": ("hookd.net", "hookd.admin"),
+    "aiohttp": ("hookd.net", "hookd.admin", "hookd.console"),
+    "jinja2": ("hookd.console",),
+    "markupsafe": ("hookd.console",),
     "uvloop": ("hookd.commands",),
     "click": ("hookd.commands",),
     "prometheus_client": ("hookd.telemetry",),

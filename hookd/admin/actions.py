@@ -28,7 +28,7 @@ from hookd.trial import try_out
 
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from uuid import UUID
 
     import asyncpg
@@ -316,6 +316,19 @@ class Actions:
             matching = await history.count_replayable(connection, facts)
             queued = await self._queued(connection, actor, "replay", facts) if matching else 0
         return Replayed(matching, queued)
+
+    async def resend_these(
+        self, actor: Actor, pairs: Sequence[tuple[UUID, UUID]], asked: Mapping[str, Any]
+    ) -> int:
+        """Events to endpoints once more, as ``resending.matching`` found them; ``asked`` is what for, for the audit trail."""
+        queued = 0
+        async with self._session() as connection:
+            subject, details = audit.of_selection(asked)
+            details["matching"] = len(pairs)
+            await audit.record(connection, actor, "delivery.replay", subject, details)
+            async for total in history.queue_again(connection, pairs):
+                queued = total
+        return queued
 
     async def _queued(
         self,

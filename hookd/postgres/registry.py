@@ -51,6 +51,7 @@ LIST = (
     + """
  where ($1::text is null or e.tenant = $1) and ($2::text is null or e.state = $2)
    and (e.state <> 'removed' or $2 = 'removed') and ($3::uuid is null or e.id > $3)
+   and ($5::text is null or strpos(lower(e.url), lower($5)) > 0)
  order by e.id
  limit $4
 """
@@ -303,9 +304,10 @@ async def listing(
     state: str | None = None,
     after: UUID | None = None,
     limit: int = 100,
+    url: str | None = None,
 ) -> list[EndpointRecord]:
-    """Endpoints in order of creation, the removed ones only when asked for."""
-    return [EndpointRecord(**row) for row in await connection.fetch(LIST, tenant, state, after, limit)]
+    """Endpoints in order of creation, the removed ones only when asked for; ``url``: a part of it."""
+    return [EndpointRecord(**row) for row in await connection.fetch(LIST, tenant, state, after, limit, url)]
 
 
 async def update(
