@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from uuid import UUID
 
+    from hookd.clock import Clock, Dice
     from hookd.config import Config
     from hookd.core.addresses import AddressRules
     from hookd.core.challenge import Verification
@@ -102,9 +103,17 @@ class Tenure:
 class Daemon:
     """All parts of one process."""
 
-    def __init__(self, config: Config, database: Database, reload: Callable[[], Config | None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        reload: Callable[[], Config | None],
+        clock: Clock | None = None,
+        dice: Dice | None = None,
+    ) -> None:
         """
-        ``reload`` reads the configuration again; None when it is bad, which it has said already.
+        ``reload`` reads the configuration again; None when it is bad, which it has said already.  Without ``clock`` and
+        ``dice`` they are the system's.
 
         Raises:
             KeyFileProblem: security.master_key_file cannot be used.
@@ -113,8 +122,8 @@ class Daemon:
         self.keyring = read_keyring(config.security.master_key_file)
         self._database = database
         self._reload = reload
-        self._clock = SystemClock()
-        self._dice = SystemDice()
+        self._clock = clock or SystemClock()
+        self._dice = dice or SystemDice()
         self._throttle = Throttle(self._clock.mono)
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
@@ -134,20 +143,7 @@ class Daemon:
         self.lanes = Lanes(
             config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
         )
-        self.resolver = (
-            ByProxy()
-            if config.network.proxy_resolves
-            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
-        )
-        self.exchange = HttpExchange(
-            self.resolver,
-            lambda: self.rules,
-            self._options(),
-            wall=self._clock.wall,
-            mono=self._clock.mono,
-            context=tls_context(config.network.ca_file),
-            proxy=config.egress_proxy(),
-        )
+        self.resolver, self.exchange = self._network()
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
         self.dispatcher = Dispatcher(
             self.lanes,
@@ -165,14 +161,29 @@ class Daemon:
             ours=self._held_back,
         )
 
+    def _network(self) -> tuple[Resolver | ByProxy, HttpExchange]:
+        config = self.config
+        resolver = (
+            ByProxy()
+            if config.network.proxy_resolves
+            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
+        )
+        exchange = HttpExchange(
+            resolver,
+            lambda: self.rules,
+            self._options(),
+            wall=self._clock.wall,
+            mono=self._clock.mono,
+            context=tls_context(config.network.ca_file),
+            proxy=config.egress_proxy(),
+        )
+        return resolver, exchange
+
     # Life.
 
     async def run(self) -> int:
         """Deliver until told to stop; returns the exit status."""
-        self._handle_signals()
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        self._take_process()
         tenures = asyncio.create_task(self._tenures())
         stop = asyncio.create_task(self._stop.wait())
         rules = asyncio.create_task(self._keep_rules())
@@ -193,11 +204,15 @@ class Daemon:
             self._stop_now.set()
         self._stop.set()
 
-    def _handle_signals(self) -> None:
+    def _take_process(self) -> None:
+        """What there is one of in a process: its signals and its garbage collector."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self.apply)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name

@@ -297,14 +297,15 @@ class Dispatcher:
             self._wake_at(now + FENCE_RETRY_S, now)
             return
         free = min(TURN_MOST, self.max_in_flight - len(self._in_flight))
-        if free > 0:
-            ready = self._lanes.ready(now, free)
-            under_way = sum([self._start(delivery) for delivery in ready])
-            if under_way < len(ready) or len(ready) == TURN_MOST:
-                # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
-                self.poke()
-            if ready:
-                self.room(ready)
+        if free <= 0:
+            return  # the first exchange to end asks for a turn; a lane whose time has come would ask again and again
+        ready = self._lanes.ready(now, free)
+        under_way = sum([self._start(delivery) for delivery in ready])
+        if under_way < len(ready) or len(ready) == TURN_MOST:
+            # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
+            self.poke()
+        if ready:
+            self.room(ready)
         wake_at = self._lanes.next_wake(now)
         if wake_at is not None:
             self._wake_at(wake_at, now)

@@ -247,7 +247,7 @@ class Queue:
     async def prepare(self, notified: Callable[[str], None]) -> None:
         """Pin the plans and listen; ``notified`` is called with the payload of each notification."""
         await self._run(self._connection.execute, PIN_PLANS)
-        await self._connection.add_listener("hookd", lambda _c, _p, _ch, payload: notified(payload))
+        await self._run(self._listen, notified)
 
     async def snapshot(self) -> tuple[Snapshot, float]:
         """The present snapshot, and the database's clock."""
@@ -343,6 +343,10 @@ class Queue:
     async def close(self) -> None:
         """End the session."""
         self._connection.terminate()
+
+    async def _listen(self, notified: Callable[[str], None], *, timeout: float) -> None:  # noqa: ASYNC109
+        async with asyncio.timeout(timeout):
+            await self._connection.add_listener("hookd", lambda _c, _p, _ch, payload: notified(payload))
 
     async def _run(self, call: Any, *args: Any) -> Any:
         self.statements += 1
