@@ -133,6 +133,7 @@ class Daemon:
         self.depth: dict[str, float] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._over = False
         self._database_lost = False
         self._thin_key = b""
         self._said_mono: dict[str, float] = {}
@@ -193,6 +194,7 @@ class Daemon:
                 tenures.result()
             return await self._wind_down()
         finally:
+            self._over = True
             for task in (tenures, stop, rules):
                 task.cancel()
             await asyncio.gather(tenures, stop, rules, return_exceptions=True)
@@ -265,6 +267,8 @@ class Daemon:
                 self.ready.clear()
                 log.error("internal error; the session starts over", exc_info=group)
             self.dispatcher.forget_all()
+            if self._over:
+                return  # a task group that fails in the moment in which it is cancelled raises the failure alone
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
 
     async def _tenure(self) -> None:

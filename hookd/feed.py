@@ -550,9 +550,8 @@ class Feed:
 
     def _hold_due(self, row: Row, room: Counter[EndpointKey]) -> bool:
         assert row.due_at is not None
-        due_at = row.due_at.timestamp()
-        if due_at > self.db_now():
-            self._due(row.endpoint, due_at)
+        if row.due_at.timestamp() > self.db_now():
+            self._due_later(row)
             return False
         if not self._has_room(row.endpoint, room):
             backlog = self._backlog(row.endpoint)
@@ -580,7 +579,7 @@ class Feed:
             if self._state(row.endpoint) is EndpointState.PAUSED:
                 continue
             if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
-                self._due(row.endpoint, row.due_at.timestamp())
+                self._due_later(row)
             elif self._takes(row, head=ordered):
                 taken.append(row)
         self._taken_in()
@@ -807,6 +806,18 @@ class Feed:
         if backlog.next_due is None or due_at < backlog.next_due:
             backlog.next_due = due_at
             heapq.heappush(self._dues, (due_at, key))
+
+    def _due_later(self, row: Row) -> None:
+        """
+        A row is not due yet.
+
+        The place may lie beyond it all the same: what an ended endpoint is owed is read before its time, and the database's
+        clock may have been set back.
+        """
+        assert row.due_at is not None
+        backlog = self._backlog(row.endpoint)
+        backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
+        self._due(row.endpoint, row.due_at.timestamp())
 
     def _due_again(self, delivery: Delivery, due_at: float) -> None:
         """

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SILENCE_LEAST_S, SILENCE_MOST_S = 3.0, 6.0
 """For how long the server keeps the session of a client that it does not hear of (``connect.KEEPALIVE``)."""
 
+RESENT_S = (1.0, 2.0, 4.0, 8.0)
+"""After so long TCP asks for a connection once more."""
+
 COPY = "copy hookd.attempt"
 BEGIN, COMMIT, ROLLBACK = "begin", "commit", "rollback"
 
@@ -116,9 +119,14 @@ class Connections:
             DatabaseUnavailable: the server is down, or cannot be reached.
         """
         link = self._link
-        if link.cut:
-            await asyncio.sleep(CONNECT_TIMEOUT_S)
-            raise DatabaseUnavailable("the connection timed out")
+        left_s = CONNECT_TIMEOUT_S
+        for again_s in RESENT_S:
+            if not link.cut:
+                break
+            await asyncio.sleep(min(again_s, left_s))
+            left_s -= again_s
+            if left_s <= 0:
+                raise DatabaseUnavailable("the connection timed out")
         await asyncio.sleep(link.lag() * 6)
         if link.cut or not link.database.up:
             raise DatabaseUnavailable("connection refused")

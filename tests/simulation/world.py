@@ -661,13 +661,23 @@ class World:
             not self.database.deliveries
             and not self._applications
             and self.timeline.now > self._settled_from
+            and self._divided()
         )
+
+    def _divided(self) -> bool:
+        """Whether each daemon owns its share, and all shards have an owner."""
+        running = [p for p in self.alive() if not p.stopping]
+        owned = Counter(session.pid for session in self.database.locks.values())
+        counts = [owned[s.pid] if (s := p.session()) is not None else -1 for p in running]
+        return sum(counts) == self.database.shards and max(counts) - min(counts) <= 1
 
     def _look_at_the_end(self) -> None:
         truth = self.truth
         if truth.violations:
             return
         pending = truth.pending()
+        if not pending and not self._divided():
+            truth.wrong(f"the shards are not divided evenly: {self.database.locks}")
         if pending:
             truth.wrong(f"{len(pending)} deliveries are not settled {SETTLED_WITHIN_S:.0f} s after all was healed: {[o.row for o in pending[:5]]}")  # fmt: skip
 
