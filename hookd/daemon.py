@@ -160,6 +160,7 @@ class Daemon:
             report=self._reported,
             fault=self._faulty,
             ours=self._held_back,
+            dropped=self._dropped,
         )
 
     def _network(self) -> tuple[Resolver | ByProxy, HttpExchange]:
@@ -465,6 +466,10 @@ class Daemon:
     def _room(self, started: list[Delivery]) -> None:
         if self.tenure is not None:
             self.tenure.feed.room(started)
+
+    def _dropped(self, delivery: Delivery) -> None:
+        if self.tenure is not None:
+            self.tenure.feed.settled((), (), dropped=(delivery,))
 
     def _retention(self) -> Retention:
         kept = self.config.retention

@@ -40,7 +40,7 @@ from hookd.core.verdict import ending, judge
 from hookd.pacing import WAIT_MOST_S, Pacer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from hookd.clock import Clock, Dice
     from hookd.core.lanes import Lanes
@@ -140,10 +140,12 @@ class Dispatcher:
         report: Callable[[Result], None],
         fault: Callable[[Delivery, Exception], None],
         ours: Callable[[str], None],
+        dropped: Callable[[Delivery], None],
     ) -> None:
         """
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
-        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for.
+        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for; ``dropped``: it was let go of without a result,
+        because nothing is known of its endpoint any more.
         """
         self._lanes = lanes
         self._exchange = exchange
@@ -158,6 +160,7 @@ class Dispatcher:
         self._report = report
         self._fault = fault
         self._ours = ours
+        self._dropped = dropped
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
         self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
@@ -231,6 +234,11 @@ class Dispatcher:
     def waiting(self, key: EndpointKey) -> int:
         """Deliveries of an endpoint that wait in memory."""
         return self._lanes.waiting(key)
+
+    def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]:
+        """Deliveries of these endpoints that are in flight, held, or not written yet."""
+        known = [d for d, _ in self._in_flight.values()] + [d for d, _ in self._held.values()]
+        return [d.id for d in known + self._recorder.unwritten() if d.endpoint in keys]
 
     def total_waiting(self) -> int:
         """Deliveries that wait in memory."""
@@ -379,7 +387,10 @@ class Dispatcher:
         parked = self._lanes.finished(delivery, verdict, now)
         if verdict.kind is VerdictKind.HOLD:
             self._ours(verdict.reason)
-            self._hold(delivery, verdict.delay_s)
+            if delivery.endpoint in self._endpoints:
+                self._hold(delivery, verdict.delay_s)
+            else:
+                self._dropped(delivery)
             return
         result = Result(delivery, delivery.endpoint, outcome, verdict, written_wall=wall)
         self._note_health(result, endpoint, wall, parked=parked)
@@ -407,7 +418,10 @@ class Dispatcher:
 
     def _release(self, delivery: Delivery) -> None:
         del self._held[delivery.id]
-        self.admit(delivery)
+        if delivery.endpoint in self._endpoints:
+            self.admit(delivery)
+        else:
+            self._dropped(delivery)
 
     def _end(self, delivery: Delivery, verdict: Verdict) -> None:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))

@@ -43,7 +43,7 @@ from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, Endpoi
 from hookd.core.states import States
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable, Sequence
+    from collections.abc import Awaitable, Collection, Iterable, Sequence
 
     from hookd.clock import Clock
     from hookd.core.reads import Arrivals, Row, Snapshot
@@ -120,7 +120,9 @@ class Reads(Protocol):
 class Forwarder(Protocol):
     """Hands rows to the shard that their endpoint has moved to (``postgres.owner``)."""
 
-    async def forward(self, endpoints: Iterable[EndpointKey]) -> None: ...
+    async def forward(
+        self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]
+    ) -> None: ...
 
 
 class Line(Protocol):
@@ -132,6 +134,7 @@ class Line(Protocol):
     def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]: ...
     def withdraw_one(self, key: EndpointKey, delivery_id: DeliveryId) -> Delivery | None: ...
     def waiting(self, key: EndpointKey) -> int: ...
+    def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]: ...
     def total_waiting(self) -> int: ...
     def backed_up(self) -> bool: ...
 
@@ -185,6 +188,10 @@ class Feed:
         """Endpoints with rows that have fallen due and perhaps room."""
         self._full: set[EndpointKey] = set()
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
+        self._moved: set[EndpointKey] = set()
+        """Endpoints with rows of ours that are to be forwarded."""
+        self._behind: dict[tuple[EndpointKey, str], DeliveryId] = {}
+        """Order keys whose oldest row is still in another shard, where it may end without a word to us."""
         self._heads = Heads()
         self._states = States()
         self._unread_shards: set[int] = set()
@@ -271,7 +278,8 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-        if self._heads or self._states or self._hungry or self._dues or self._due_now:
+            self._read_again(delivery)
+        if self._moved or self._heads or self._states or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -303,6 +311,7 @@ class Feed:
                 self._endpoints_asked = False
                 endpoints_read = now
                 await self._read_endpoints()
+                self._look_behind()
             if active:
                 quiet_since = now
                 brought.append(now)
@@ -326,6 +335,10 @@ class Feed:
 
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
+        if self._moved:
+            moved, self._moved = self._moved, set()
+            # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
+            await self._forwarder.forward(moved, self._line.under_way(moved))
         brought = await self._read_arrivals()
         if self._states:
             latest = self._reads.latest(self._states.demands())
@@ -378,26 +391,42 @@ class Feed:
             self._db_offset = db_now - self._clock.mono()
         fresh, due = await self._reads.recover()
         await self._know({*fresh, *(key for key, _ in due)})
-        moved: set[EndpointKey] = set()
         for key in fresh:
-            if self._ours(key, moved):
+            if self._ours(key):
                 self._lower_place(key, 0)
         for key, due_at in due:
-            if self._ours(key, moved):
+            if self._ours(key):
                 self._due(key, due_at)
-        if moved:
-            await self._forwarder.forward(moved)
         self.recovered.set()
 
-    def _ours(self, key: EndpointKey, moved: set[EndpointKey]) -> bool:
+    def _ours(self, key: EndpointKey) -> bool:
+        """Whether an endpoint is in a shard that is read; if it has left one, its rows there are to be forwarded."""
         endpoint = self._line.served(key)
         if endpoint is None:
             return False
         if endpoint.shard in self.shards:
             return True
         if self.shards.intersection(endpoint.former_shards):
-            moved.add(key)
+            self._moved.add(key)
         return False
+
+    def _in_place(self, row: Row) -> bool:
+        """Whether a row is in the shard of its endpoint, and that is read; if only the latter, it is to be forwarded."""
+        endpoint = self._line.served(row.endpoint)
+        if endpoint is None or row.shard not in self.shards:
+            return False
+        if endpoint.shard == row.shard or endpoint.state is EndpointState.REMOVED:
+            return True
+        self._moved.add(row.endpoint)
+        self._wake.set()
+        return False
+
+    def _look_behind(self) -> None:
+        """Ask again for the heads that were another owner's."""
+        behind, self._behind = self._behind, {}
+        for key, row in behind.items():
+            self._heads.met(key, row)
+            self._wake.set()
 
     def _leave_now(self) -> None:
         left, self._left_shards = self._left_shards, set()
@@ -434,9 +463,9 @@ class Feed:
             self._all_endpoints_asked = False
             changed += await self._reads.endpoints_of(self.shards)
         for endpoint in changed:
-            await self._endpoint_changed(endpoint)
+            self._endpoint_changed(endpoint)
 
-    async def _endpoint_changed(self, endpoint: Endpoint) -> None:
+    def _endpoint_changed(self, endpoint: Endpoint) -> None:
         before = self._endpoints.get(endpoint.key)
         served = self._line.served(endpoint.key)
         if before == endpoint and served is not None and served.health == endpoint.health:
@@ -449,15 +478,20 @@ class Feed:
             if before is not None:
                 self._serve(endpoint)
             if self.shards.intersection(endpoint.former_shards):
-                await self._forwarder.forward([endpoint.key])
+                self._moved.add(endpoint.key)
+                self._wake.set()
             return
         waiting = self._line.withdraw(endpoint.key)
         self._serve(endpoint)
-        if endpoint.state is EndpointState.PAUSED:
-            for delivery in waiting:
+        if before is not None and before.shard != endpoint.shard:
+            self._moved.add(endpoint.key)
+            self._wake.set()
+        for delivery in waiting:
+            if endpoint.state is EndpointState.PAUSED:
                 self._forget(delivery)
-        else:
-            for delivery in waiting:
+            elif delivery.shard != endpoint.shard and endpoint.state is not EndpointState.REMOVED:
+                self._forget(delivery)  # it comes back when it was forwarded
+            else:
                 self._line.admit(delivery)
         if before is not None and before.state is not endpoint.state:
             # read anew from the start: a pause let go of what was in memory, an ending takes all
@@ -485,7 +519,7 @@ class Feed:
             if self._line.served(endpoint.key) is None:
                 self._serve(endpoint)
             else:
-                await self._endpoint_changed(endpoint)
+                self._endpoint_changed(endpoint)
         for key in wanted:
             if self._line.served(key) is None:
                 # deleted behind our back: its deliveries end as cancelled
@@ -508,15 +542,10 @@ class Feed:
         self._since = arrivals.snapshot
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
-        moved: set[EndpointKey] = set()
         room: Counter[EndpointKey] = Counter()
-        taken = [
-            row
-            for row in sorted(arrivals.rows)
-            if row.shard in self.shards and self._ours(row.endpoint, moved) and self._hold_arrival(row, room)
-        ]
+        taken = [row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)]
         for place in arrivals.places:
-            if self._ours(place.endpoint, moved):
+            if self._ours(place.endpoint):
                 if place.first_id is not None:
                     self._lower_place(place.endpoint, place.first_id - 1)
                 if place.first_due is not None:
@@ -524,8 +553,6 @@ class Feed:
                     self._due(place.endpoint, place.first_due)
         self._taken_in()
         await self._admit(taken)
-        if moved:
-            await self._forwarder.forward(moved)
         return bool(arrivals.rows or arrivals.places)
 
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
@@ -597,7 +624,7 @@ class Feed:
             counts[row.endpoint, row.coalesce_key] += 1
             if row.id in self.known:
                 self._give_way(row.endpoint, row.id, row.replaced_by)
-            elif row.id not in self._remembered and row.shard in self.shards:
+            elif row.id not in self._remembered and self._in_place(row):
                 self.known.add(row.id)
                 taken.append(row)
         self._states.again(n for n in newer if counts[n[0], n[1]] >= REPLACED_AT_ONCE)
@@ -703,7 +730,11 @@ class Feed:
 
     def _takes(self, row: Row, *, head: bool = False) -> bool:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
-        if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
+        if row.id in self.known or row.id in self._remembered:
+            return False
+        if not self._in_place(row):
+            if head and row.order_key is not None:
+                self._behind[row.endpoint, row.order_key] = row.id
             return False
         if row.coalesce_key is not None:
             self._states.note(row)
@@ -825,9 +856,20 @@ class Feed:
 
         Its due time was set before the commit: a read in between may have passed it, so the place goes back to it.
         """
+        if not self._ours(delivery.endpoint):
+            return
         self._lower_due_place(delivery.endpoint, due_at)
         # what an ended endpoint is owed is not waited for
         self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
+
+    def _read_again(self, delivery: Delivery) -> None:
+        """One that is not in memory any more may still be in the queue, and be ours."""
+        if self._ours(delivery.endpoint):
+            if delivery.due_at is None:
+                self._lower_place(delivery.endpoint, delivery.id - 1)
+            else:
+                self._lower_due_place(delivery.endpoint, delivery.due_at)
+                self._due(delivery.endpoint, 0.0)
 
     def _forget(self, delivery: Delivery, *, gone: bool = False) -> None:
         """It is not in memory any more; ``gone``: nor in the queue."""
@@ -897,11 +939,7 @@ class Feed:
                 backlog.bound = QUEUE_LEAST
                 for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
                     self._forget(delivery)
-                    if delivery.due_at is None:
-                        self._lower_place(key, delivery.id - 1)
-                    else:
-                        self._lower_due_place(key, delivery.due_at)
-                        self._due(key, 0.0)
+                    self._read_again(delivery)
                 if self._free() > self._window // 4:
                     return
 

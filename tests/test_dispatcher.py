@@ -88,6 +88,7 @@ class Bench:
             report=self.results.append,
             fault=lambda _, error: self.faults.append(error),
             ours=lambda _: None,
+            dropped=lambda _: None,
         )
         self.dispatcher.serve(ENDPOINT)
 

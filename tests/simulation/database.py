@@ -184,6 +184,8 @@ class Database:
         self.attempts: list[Attempt] = []
         self.dead: dict[int, DeadLetter] = {}
         self.sleepers = dict.fromkeys(range(shards), 0)
+        self._newest_xid = 0
+        """Of any row of hookd.delivery, or above."""
         self.next_xid = 800
         self.latest_ended = 799
         self.open: dict[int, Transaction] = {}
@@ -264,6 +266,8 @@ class Database:
     def snapshot(self) -> str:
         """pg_current_snapshot()"""
         xmax = self.latest_ended + 1
+        if not self.open:
+            return f"{xmax}:{xmax}:"
         running = sorted(x for x in self.open if x < xmax)
         return f"{running[0] if running else xmax}:{xmax}:{','.join(map(str, running))}"
 
@@ -563,12 +567,13 @@ class Database:
     def _forward(self, session: Session, args: Sequence[Any]) -> list[Any]:
         tx = session.tx
         assert tx is not None
-        keys, shards = args
+        keys, shards, under_way = args
         rows = [
             d
             for d in self.deliveries.values()
             if d.endpoint in keys
             and d.shard in shards
+            and d.id not in under_way
             and d.endpoint in self.endpoints
             and d.shard != self.endpoints[d.endpoint].shard
         ]
@@ -583,6 +588,7 @@ class Database:
 
     def _move(self, row: Delivery, xid: int) -> None:
         row.shard, row.xid, row.moved = self.endpoints[row.endpoint].shard, xid, True
+        self._newest_xid = max(self._newest_xid, xid)
 
     # What the feed reads.
 
@@ -609,15 +615,23 @@ class Database:
         return max(newer, key=_by_id).event_id if newer else None
 
     def _arrived(self, args: Sequence[Any]) -> list[Delivery]:
-        xmax, xip, shards = int(args[0]), {int(x) for x in args[1]}, args[2]
-        return [d for d in self._sorted() if (d.xid >= xmax or d.xid in xip) and d.shard in shards]
+        xmax, xip, shards = int(args[0]), args[1], args[2]
+        if not xip and self._newest_xid < xmax:
+            return []
+        late = {int(x) for x in xip}
+        found = [d for d in self.deliveries.values() if (d.xid >= xmax or d.xid in late) and d.shard in shards]
+        found.sort(key=_by_id)
+        return found
 
     def _arrivals(self, _: Session, args: Sequence[Any]) -> list[Any]:
         head = (self.snapshot(), self.now(), *[None] * 11)
+        found = self._arrived(args)
+        if not found:
+            return [head]
         xmax, most = int(args[0]), args[3]
         # each of the two parts has its own limit
-        late = [d for d in self._arrived(args) if d.xid < xmax]
-        new = [d for d in self._arrived(args) if d.xid >= xmax]
+        late = [d for d in found if d.xid < xmax]
+        new = [d for d in found if d.xid >= xmax]
         return [head, *[(None, None, *self._row(d, self._replaced(d))) for d in new[:most] + late[:most]]]
 
     def _arrival_places(self, _: Session, args: Sequence[Any]) -> list[Any]:
@@ -631,10 +645,11 @@ class Database:
         return [(self.snapshot(), self.now(), None, None, None), *places.values()]
 
     def _refill_fresh(self, _: Session, args: Sequence[Any]) -> list[Any]:
-        rows = self._sorted()
+        rows = self.deliveries.values()
         answer = []
         for endpoint, place, want in zip(*args, strict=True):
             found = [d for d in rows if d.endpoint == endpoint and d.due_at is None and d.id > place]
+            found.sort(key=_by_id)
             answer += [self._row(d, self._replaced(d)) for d in found[:want]]
         return answer
 
@@ -798,6 +813,10 @@ class Database:
                 self._owe(tx, xid, event.id, endpoint, due_at, "" if endpoint.ordered else event.order_key, event.coalesce_key)  # fmt: skip
         return event
 
+    def _put_delivery(self, row: Delivery) -> None:
+        self.deliveries[row.id] = row
+        self._newest_xid = max(self._newest_xid, row.xid)
+
     def _owe(
         self,
         tx: Transaction,
@@ -815,7 +834,7 @@ class Database:
             self.delivery_ids, event_id, xid, due_at, endpoint.key, endpoint.shard,
             replay=replay, order_key=order_key, coalesce_key=coalesce_key,
         )  # fmt: skip
-        tx.changes.append(lambda: self.deliveries.__setitem__(row.id, row))
+        tx.changes.append(lambda: self._put_delivery(row))
         tx.inserted.append(row)
         self.on_insert(row)
         if self.sleepers[endpoint.shard] == SLEEPS:

@@ -72,7 +72,8 @@ SMALL: dict[tuple[Any, str], tuple[Any, ...]] = {
     (hookd.feed, "EVENTS_AT_ONCE"): (1, 2, 500),
     (hookd.feed, "REPLACED_AT_ONCE"): (1, 2, 1000),
     (hookd.feed, "BUSY_READS"): (2, 20),
-    (hookd.feed, "QUIET_S"): (0.05, 1.0),
+    (hookd.feed, "QUIET_S"): (0.05, 0.3, 1.0),
+    (hookd.feed, "PAUSE_S"): (0.004, 0.02, 0.05),
     (hookd.feed, "QUEUE_LEAST"): (1, 2, 4),
     (hookd.feed, "QUEUE_MOST"): (4, 1024),
 }
@@ -144,7 +145,7 @@ class World:
         self.network = Network(self.timeline, self._answer, self.truth, random.Random(seed + 2))
         self.network.lag_s = dice.choice((0.0002, 0.001, 0.02))
         self.faults = {f for f in FAULTS if dice.random() < 0.3}
-        self.faults_s = dice.uniform(2.0, 10.0)
+        self.faults_s = dice.uniform(1.0, 8.0)
         self.happened: Counter[str] = Counter()
         self.processes: list[Process] = []
         self._starts = 0
@@ -157,7 +158,7 @@ class World:
         self.hosts = [Host(f"h{n}.example.com:80") for n in range(dice.randint(1, 4))]
         self._made_up = self._made_hosts = 0
         self.config = self._config()
-        self.sizes = {k: dice.choice(v) for k, v in SMALL.items()} if dice.random() < 0.7 else {}
+        self.sizes = {k: dice.choice(v) for k, v in SMALL.items()} if dice.random() < 0.9 else {}
         self._end_at = math.inf
         if mutate is not None:
             mutate(self)
@@ -595,7 +596,11 @@ class World:
             endpoint = self.dice.choice(found)
             self.trace(f"endpoint {endpoint.key} becomes {change}")
             hold_s = self.dice.choice((0.0, 0.0, 0.3))
-            self._operate(lambda tx: self.database.change_endpoint(tx, endpoint.key, **change), hold_s)
+            self._operate(lambda tx: self._update(tx, endpoint.key, states, change), hold_s)
+
+    def _update(self, tx: Transaction, key: int, states: tuple[str, ...], change: dict[str, Any]) -> None:
+        if self.database.endpoints[key].state in states:
+            self.database.change_endpoint(tx, key, **change)
 
     def _fault_pause(self) -> None:
         self._change(("active",), state="paused", state_reason="by hand")
