@@ -104,7 +104,9 @@ class Reads(Protocol):
     async def refill_due(
         self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
     ) -> list[Row]: ...
-    async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]: ...
+    async def heads(
+        self, keys: Sequence[tuple[EndpointKey, str, int]], as_of: Snapshot
+    ) -> list[Row]: ...
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
     async def older(
         self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int
@@ -346,7 +348,8 @@ class Feed:
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
         if self._heads:
-            heads = self._reads.heads(self._heads.demands())
+            assert self._since is not None
+            heads = self._reads.heads(self._heads.demands(), self._since)
             brought |= await self._read_heads(heads, ordered=True)
         replacing = self._states.replacing()
         if replacing:
@@ -389,6 +392,7 @@ class Feed:
             self._since, db_now = await self._reads.snapshot()
             self._endpoints_since = self._since
             self._db_offset = db_now - self._clock.mono()
+        self._heads.doubt()
         fresh, due = await self._reads.recover()
         await self._know({*fresh, *(key for key, _ in due)})
         for key in fresh:
@@ -544,6 +548,8 @@ class Feed:
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
         room: Counter[EndpointKey] = Counter()
         taken = [row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)]
+        if arrivals.places:
+            self._heads.doubt({place.endpoint for place in arrivals.places})
         for place in arrivals.places:
             if self._ours(place.endpoint):
                 if place.first_id is not None:
@@ -558,6 +564,8 @@ class Feed:
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
         state = self._state(row.endpoint)
+        if row.order_key is not None:
+            self._heads.came((row.endpoint, row.order_key), row.id)
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
         if row.coalesce_key is not None:

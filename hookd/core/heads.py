@@ -2,7 +2,9 @@
 Order keys: which delivery of each is in memory, and which one is to be read next.
 
 A row with an order key goes into memory by one way only, as the oldest of its key, and one of a key at a time.  Whoever
-meets such a row asks for the head of its key; the end of the one in memory asks for the next.
+meets such a row asks for the head of its key; the end of the one in memory asks for the next, and says up to where none is
+left.  Transactions commit out of order, so a row can come below that: every one that arrives is shown (``came``), whether
+there is room for it or not, and a head is read as of the last arrivals, so that none is passed over that was not shown yet.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from hookd.core.model import DeliveryId, EndpointKey
 
 Key: TypeAlias = "tuple[EndpointKey, str]"
@@ -46,6 +50,23 @@ class Heads:
             self._asked[key] = 0
         elif row < head:
             self._late[key] = min(self._late.get(key, row - 1), row - 1)
+
+    def came(self, key: Key, row: DeliveryId) -> None:
+        """A row of this key has arrived, perhaps below where its head is to be read from."""
+        if key in self._asked:
+            self._asked[key] = min(self._asked[key], row - 1)
+        head = self._held.get(key)
+        if head is not None and row < head:
+            self._late[key] = min(self._late.get(key, row - 1), row - 1)
+
+    def doubt(self, endpoints: Container[EndpointKey] | None = None) -> None:
+        """Rows of these endpoints, or of any, may have come without being shown: their heads are read from the start."""
+        for key in self._asked:
+            if endpoints is None or key[0] in endpoints:
+                self._asked[key] = 0
+        for key in self._held:
+            if endpoints is None or key[0] in endpoints:
+                self._late[key] = 0
 
     def take(self, key: Key, row: DeliveryId) -> bool:
         """Whether this row may go into memory as the head of its key; another's end asks for the next one."""
