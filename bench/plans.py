@@ -96,7 +96,7 @@ async def queries(connection: asyncpg.Connection) -> list[Query]:
         Query("ARRIVAL_PLACES", queue.ARRIVAL_PLACES, f"an arrival larger than the window ({AT_ONCE:,} rows), as one row for each endpoint", (recent, [], shards)),
         Query("REFILL_FRESH", queue.REFILL_FRESH, "the next 50 fresh rows of each of 10 endpoints, from the middle of their queues", (some, [middle] * 10, [50] * 10)),
         Query("REFILL_DUE", queue.REFILL_DUE, "the next 50 due rows of each of 10 endpoints, and the first that is not due", (some, [since] * 10, [0] * 10, [50] * 10, [False] * 10)),
-        Query("HEADS", queue.HEADS, "the oldest row of each of 50 order keys", ([r[0] for r in ordered], [r[1] for r in ordered], [0] * len(ordered), later, [])),
+        Query("HEADS", queue.HEADS, "the oldest row of each of 50 order keys", ([r[0] for r in ordered], [r[1] for r in ordered], [0] * len(ordered))),
         Query("LATEST", queue.LATEST, "the newest row of each of 50 coalesce keys", ([r[0] for r in coalesced], [r[1] for r in coalesced])),
         Query("OLDER", queue.OLDER, "what 50 newer rows replace", ([r[0] for r in coalesced], [r[1] for r in coalesced], [r[2] for r in coalesced], [r[3] for r in coalesced], 100)),
         Query("RECOVER", queue.RECOVER, "which endpoints have rows: once for each start of a daemon, one probe for each endpoint", ()),

@@ -104,9 +104,7 @@ class Reads(Protocol):
     async def refill_due(
         self, demands: Sequence[tuple[EndpointKey, datetime.datetime, int, int, bool]]
     ) -> list[Row]: ...
-    async def heads(
-        self, keys: Sequence[tuple[EndpointKey, str, int]], as_of: Snapshot
-    ) -> list[Row]: ...
+    async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]: ...
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]: ...
     async def older(
         self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]], most: int
@@ -341,16 +339,17 @@ class Feed:
             moved, self._moved = self._moved, set()
             # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
             await self._forwarder.forward(moved, self._line.under_way(moved))
-        brought = await self._read_arrivals()
+        following = self._heads.following()
+        ahead = await self._take_heads(self._reads.heads(following), ordered=True) if following else []
+        brought = await self._read_arrivals(ahead)
         if self._states:
             latest = self._reads.latest(self._states.demands())
             brought |= await self._read_heads(latest, ordered=False)
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
-        if self._heads:
-            assert self._since is not None
-            heads = self._reads.heads(self._heads.demands(), self._since)
-            brought |= await self._read_heads(heads, ordered=True)
+        demands = self._heads.demands()
+        if demands:
+            brought |= await self._read_heads(self._reads.heads(demands), ordered=True)
         replacing = self._states.replacing()
         if replacing:
             await self._read_replaced(replacing)
@@ -489,7 +488,6 @@ class Feed:
         self._serve(endpoint)
         if before is not None and before.shard != endpoint.shard:
             self._moved.add(endpoint.key)
-            self._wake.set()
         for delivery in waiting:
             if endpoint.state is EndpointState.PAUSED:
                 self._forget(delivery)
@@ -497,11 +495,14 @@ class Feed:
                 self._forget(delivery)  # it comes back when it was forwarded
             else:
                 self._line.admit(delivery)
-        if before is not None and before.state is not endpoint.state:
-            # read anew from the start: a pause let go of what was in memory, an ending takes all
+        if before is not None and (before.state is not endpoint.state or before.shard != endpoint.shard):
+            # read anew from the start: a pause let go of what was in memory, an ending takes all, and rows may have arrived
+            # in this shard while it was thought to be in another
             self._backlogs[endpoint.key] = Backlog()
+            self._heads.doubt({endpoint.key})
             self._lower_place(endpoint.key, 0)
             self._due(endpoint.key, 0.0)
+            self._wake.set()
 
     def _serve(self, endpoint: Endpoint) -> None:
         self._endpoints[endpoint.key] = endpoint
@@ -539,7 +540,8 @@ class Feed:
 
     # Reads.
 
-    async def _read_arrivals(self) -> bool:
+    async def _read_arrivals(self, ahead: Sequence[Row]) -> bool:
+        """Whether there were any.  ``ahead`` are heads that were read before: they go in unless an older one has come now."""
         assert self._since is not None
         self._reading = True
         arrivals = await self._reads.arrivals(self._since, self.shards, self._window)
@@ -558,8 +560,24 @@ class Feed:
                     self._lower_due_place(place.endpoint, place.first_due)
                     self._due(place.endpoint, place.first_due)
         self._taken_in()
-        await self._admit(taken)
-        return bool(arrivals.rows or arrivals.places)
+        await self._admit(taken + [row for row in ahead if self._still_first(row)])
+        return bool(arrivals.rows or arrivals.places or ahead)
+
+    def _still_first(self, row: Row) -> bool:
+        """Whether a head that was taken may go into memory; else it is as if it had not been read."""
+        assert row.order_key is not None
+        key = row.endpoint, row.order_key
+        if self._state(row.endpoint) is EndpointState.PAUSED:
+            self.known.discard(row.id)
+            self._heads.give_back(key, row.id)
+        elif self._heads.overtaken(key) or not self._in_place(row):
+            self.known.discard(row.id)
+            self._heads.left(key, row.id, gone=False, wanted=True)
+        else:
+            return True
+        if row.coalesce_key is not None:
+            self._states.left((row.endpoint, row.coalesce_key), row.id)
+        return False
 
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
@@ -606,6 +624,11 @@ class Feed:
 
     async def _read_heads(self, read: Awaitable[list[Row]], *, ordered: bool) -> bool:
         """Take in the rows that stand at the head of an order key (``ordered``), or for a coalesce key."""
+        taken = await self._take_heads(read, ordered=ordered)
+        await self._admit(taken)
+        return bool(taken)
+
+    async def _take_heads(self, read: Awaitable[list[Row]], *, ordered: bool) -> list[Row]:
         self._reading = True
         rows = await read
         await self._know({row.endpoint for row in rows})
@@ -618,8 +641,7 @@ class Feed:
             elif self._takes(row, head=ordered):
                 taken.append(row)
         self._taken_in()
-        await self._admit(taken)
-        return bool(taken)
+        return taken
 
     async def _read_replaced(self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]]) -> None:
         """End what the newest rows of coalesce keys replace."""

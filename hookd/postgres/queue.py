@@ -116,14 +116,12 @@ select {COLUMNS}{REPLACED}, d.later
 
 # The oldest row of each order key, from where the feed knows that none is left before: the entries of settled rows
 # stand in the index until vacuum, and while somebody holds a snapshot, so walking over them again would cost more and more.
-# As of the last arrivals: what is in none of them yet may lie below that place.
 HEADS = f"""
 select {COLUMNS}{REPLACED}, false as later
   from unnest($1::integer[], $2::text[], $3::bigint[]) as q (endpoint, order_key, after)
  cross join lateral (
    select f.* from hookd.delivery f
     where f.endpoint = q.endpoint and f.order_key = q.order_key and f.id > q.after
-      and f.xid < $4::text::xid8 and not f.xid = any($5::text[]::xid8[])
     order by f.id
     limit 1) d
 """
@@ -288,13 +286,10 @@ class Queue:
         columns = [list(c) for c in zip(*demands, strict=True)]
         return [Row._make(r) for r in await self._run(self._connection.fetch, REFILL_DUE, *columns)]
 
-    async def heads(
-        self, keys: Sequence[tuple[EndpointKey, str, int]], as_of: Snapshot
-    ) -> list[Row]:
-        """The oldest row of each ``(endpoint, order key, after this id)`` that is pending and was inserted ``as_of`` then."""
+    async def heads(self, keys: Sequence[tuple[EndpointKey, str, int]]) -> list[Row]:
+        """The oldest pending row of each ``(endpoint, order key, after this id)``."""
         columns = [list(c) for c in zip(*keys, strict=True)]
-        bounds = str(as_of.xmax), list(as_of.xip)
-        return [Row._make(r) for r in await self._run(self._connection.fetch, HEADS, *columns, *bounds)]
+        return [Row._make(r) for r in await self._run(self._connection.fetch, HEADS, *columns)]
 
     async def latest(self, keys: Sequence[tuple[EndpointKey, str]]) -> list[Row]:
         """The newest pending row of each ``(endpoint, coalesce key)``."""

@@ -669,10 +669,9 @@ class Database:
         return answer
 
     def _heads(self, _: Session, args: Sequence[Any]) -> list[Any]:
-        xmax, xip = int(args[3]), {int(x) for x in args[4]}
-        rows = [d for d in self._sorted() if d.xid < xmax and d.xid not in xip]
+        rows = self._sorted()
         answer = []
-        for endpoint, key, after in zip(*args[:3], strict=True):
+        for endpoint, key, after in zip(*args, strict=True):
             for d in rows:
                 if d.endpoint == endpoint and d.order_key == key and d.id > after:
                     answer.append(self._row(d, self._replaced(d)))
