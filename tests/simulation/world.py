@@ -40,7 +40,7 @@ from .timeline import Stuck, Timeline
 from .truth import Truth
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from .connection import Connection
     from .database import Session, Transaction
@@ -129,8 +129,8 @@ class Report:
 class World:
     """One seed's."""
 
-    def __init__(self, seed: int, trace: Callable[[str], None] | None = None, *, mutate: Callable[[World], None] | None = None) -> None:
-        """``trace`` is told everything; ``mutate`` may put a bug into the network before anything starts."""
+    def __init__(self, seed: int, trace: Callable[[str], None] | None = None, *, also: Collection[str] = ()) -> None:
+        """``trace`` is told everything; ``also`` are faults that happen whatever the seed says."""
         self.seed = seed
         self.tracing = trace is not None
         self._write = trace
@@ -144,7 +144,7 @@ class World:
         self.truth = Truth(self.database, self.timeline, self.trace)
         self.network = Network(self.timeline, self._answer, self.truth, random.Random(seed + 2))
         self.network.lag_s = dice.choice((0.0002, 0.001, 0.02))
-        self.faults = {f for f in FAULTS if dice.random() < 0.3}
+        self.faults = {f for f in FAULTS if dice.random() < 0.3}.union(also)
         self.faults_s = dice.uniform(1.0, 8.0)
         self.happened: Counter[str] = Counter()
         self.processes: list[Process] = []
@@ -160,8 +160,6 @@ class World:
         self.config = self._config()
         self.sizes = {k: dice.choice(v) for k, v in SMALL.items()} if dice.random() < 0.9 else {}
         self._end_at = math.inf
-        if mutate is not None:
-            mutate(self)
 
     # What others ask.
 
@@ -653,8 +651,8 @@ class World:
             self.start(name)
         for _ in range(3):
             self.timeline.after(self.dice.uniform(0, 1.0), self._produce)
-        self.timeline.after(3.0, self._resume_all)
-        self._settled_from = self.timeline.now + 3.5
+        self.timeline.after(1.0, self._resume_all)
+        self._settled_from = self.timeline.now + 1.2
 
     def _resume_all(self) -> None:
         for endpoint in list(self.database.endpoints.values()):
