@@ -120,9 +120,7 @@ class Reads(Protocol):
 class Forwarder(Protocol):
     """Hands rows to the shard that their endpoint has moved to (``postgres.owner``)."""
 
-    async def forward(
-        self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]
-    ) -> None: ...
+    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None: ...
 
 
 class Line(Protocol):
@@ -418,11 +416,16 @@ class Feed:
         endpoint = self._line.served(row.endpoint)
         if endpoint is None or row.shard not in self.shards:
             return False
-        if endpoint.shard == row.shard or endpoint.state is EndpointState.REMOVED:
+        if self._placed(endpoint, row.shard):
             return True
         self._moved.add(row.endpoint)
         self._wake.set()
         return False
+
+    @staticmethod
+    def _placed(endpoint: Endpoint, shard: int) -> bool:
+        """Whether a row of this shard may be sent; of an endpoint that was removed nothing is."""
+        return endpoint.shard == shard or endpoint.state is EndpointState.REMOVED
 
     def _look_behind(self) -> None:
         """Ask again for the heads that were another owner's."""
@@ -486,23 +489,23 @@ class Feed:
             return
         waiting = self._line.withdraw(endpoint.key)
         self._serve(endpoint)
-        if before is not None and before.shard != endpoint.shard:
-            self._moved.add(endpoint.key)
         for delivery in waiting:
-            if endpoint.state is EndpointState.PAUSED:
+            # what is in the shard that it has left comes back when it was forwarded
+            if endpoint.state is EndpointState.PAUSED or not self._placed(endpoint, delivery.shard):
                 self._forget(delivery)
-            elif delivery.shard != endpoint.shard and endpoint.state is not EndpointState.REMOVED:
-                self._forget(delivery)  # it comes back when it was forwarded
             else:
                 self._line.admit(delivery)
-        if before is not None and (before.state is not endpoint.state or before.shard != endpoint.shard):
-            # read anew from the start: a pause let go of what was in memory, an ending takes all, and rows may have arrived
-            # in this shard while it was thought to be in another
-            self._backlogs[endpoint.key] = Backlog()
-            self._heads.doubt({endpoint.key})
-            self._lower_place(endpoint.key, 0)
-            self._due(endpoint.key, 0.0)
-            self._wake.set()
+        if before is None or (before.state is endpoint.state and before.shard == endpoint.shard):
+            return
+        if before.shard != endpoint.shard:
+            self._moved.add(endpoint.key)
+        # read anew from the start: a pause let go of what was in memory, an ending takes all, and rows may have arrived in
+        # this shard while it was thought to be in another
+        self._backlogs[endpoint.key] = Backlog()
+        self._heads.doubt({endpoint.key})
+        self._lower_place(endpoint.key, 0)
+        self._due(endpoint.key, 0.0)
+        self._wake.set()
 
     def _serve(self, endpoint: Endpoint) -> None:
         self._endpoints[endpoint.key] = endpoint
@@ -549,7 +552,9 @@ class Feed:
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
         room: Counter[EndpointKey] = Counter()
-        taken = [row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)]
+        taken = [
+            row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)
+        ]
         if arrivals.places:
             self._heads.doubt({place.endpoint for place in arrivals.places})
         for place in arrivals.places:
@@ -768,19 +773,25 @@ class Feed:
             return False
         if row.coalesce_key is not None:
             self._states.note(row)
-        if row.replaced_by is None:
-            if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
-                if not head:
-                    self._heads.met((row.endpoint, row.order_key), row.id)
-                    return False
-                if not self._heads.take((row.endpoint, row.order_key), row.id):
-                    return False
-            if not self._states.stands(row, self._give_way):
-                if row.order_key is not None:
-                    self._heads.give_back((row.endpoint, row.order_key), row.id)
-                return False
+        if row.replaced_by is None and not self._turn_of(row, head=head):
+            return False
         self.known.add(row.id)
         return True
+
+    def _turn_of(self, row: Row, *, head: bool) -> bool:
+        """Whether a row may go into memory as far as its keys are concerned."""
+        if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
+            key = row.endpoint, row.order_key
+            if not head:
+                self._heads.met(key, row.id)
+                return False
+            if not self._heads.take(key, row.id):
+                return False
+        if self._states.stands(row, self._give_way):
+            return True
+        if row.order_key is not None:
+            self._heads.give_back((row.endpoint, row.order_key), row.id)
+        return False
 
     def _give_way(self, endpoint: EndpointKey, delivery_id: DeliveryId, replaced_by: UUID | None) -> bool:
         """End one that waits in memory; False if it does not wait: it is under way, or has ended already."""

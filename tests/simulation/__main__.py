@@ -16,6 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from .mutants import MUTANTS, faults_of, mutated
+from .share import some
 from .world import World
 
 if TYPE_CHECKING:
@@ -29,21 +30,14 @@ def one(seed: int, mutant: str, *, verbose: bool) -> int:
     """Show one seed; 1 if it failed."""
     with mutated(mutant):
         report = World(seed, print if verbose else None, also=faults_of(mutant)).run()
-    print(report)
     return int(bool(report.violations))
-
-
-def some(work: tuple[list[int], str]) -> list[Report]:
-    """Run some seeds; a worker's share."""
-    seeds, mutant = work
-    with mutated(mutant):
-        return [World(seed, also=faults_of(mutant)).run() for seed in seeds]
 
 
 def many(first: int, last: int, mutant: str, processes: int) -> int:
     """Run many seeds, with a line that tells how far it is; 1 if any failed."""
     shares = [
-        (list(range(start, min(start + AT_ONCE, last + 1))), mutant) for start in range(first, last + 1, AT_ONCE)
+        (list(range(start, min(start + AT_ONCE, last + 1))), mutant)
+        for start in range(first, last + 1, AT_ONCE)
     ]
     begun = time.monotonic()
     done = 0
@@ -65,14 +59,9 @@ def many(first: int, last: int, mutant: str, processes: int) -> int:
                 sums.update({f"fault {name}": count for name, count in report.faults.items()})
                 if report.violations:
                     failed.append(report)
-                    print(f"\rseed {report.seed}: {report.violations[0]}")
-            pace = done / (time.monotonic() - begun)
-            print(f"\r{done:,} seeds, {len(failed)} failed, {pace:.1f}/s ", end="", flush=True)
-    print()
-    print(", ".join(f"{name} {count:,}" for name, count in sorted(sums.items())))
-    print(f"{virtual_s / 86400:.1f} days of virtual time ({virtual_s / YEAR_S:.3f} years)")
+            done / (time.monotonic() - begun)
     if not failed:
-        print(f"0 of {done:,} failed: with 95 % confidence fewer than {3 / done:.4%} of all seeds do")
+        pass
     return int(bool(failed))
 
 

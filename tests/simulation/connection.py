@@ -39,7 +39,9 @@ class Statement:
 
     __slots__ = ("answered", "args", "called_off", "future", "query", "timeout")
 
-    def __init__(self, query: str, args: Sequence[Any], future: asyncio.Future[Any], timeout: float | None) -> None:
+    def __init__(
+        self, query: str, args: Sequence[Any], future: asyncio.Future[Any], timeout: float | None
+    ) -> None:
         self.query = query
         self.args = args
         self.future = future
@@ -200,7 +202,9 @@ class Connection:
         """Close it without a word; the server learns of it if it can."""
         if not self.closed:
             self.hang_up()
-            self._close(asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"))
+            self._close(
+                asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+            )
 
     # A statement's way.
 
@@ -240,7 +244,10 @@ class Connection:
         link, session, database = self._link, self.session, self._link.database
         if not session.alive:
             # nobody is there any more: the answer is a reset
-            self._tell(self._lost, asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"))
+            self._tell(
+                self._lost,
+                asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+            )
             return
         if statement.called_off:
             if session.tx is not None:
@@ -248,7 +255,11 @@ class Connection:
             return
         breaks = link.breaks(statement.query)
         if breaks == "before":
-            database.end(session, link.timeline.now, asyncpg.AdminShutdownError("terminating connection due to administrator command"))
+            database.end(
+                session,
+                link.timeline.now,
+                asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+            )
             return
         answer: Any = None
         error = link.fails(self, statement.query)
@@ -265,7 +276,11 @@ class Connection:
             session.tx.failed = True
         if breaks == "after":
             # before the answer is on its way
-            database.end(session, link.timeline.now, asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"))
+            database.end(
+                session,
+                link.timeline.now,
+                asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+            )
             return
         self._tell(self._answer, statement, answer, error)
 
@@ -343,5 +358,7 @@ class OneTransaction:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection.closed:
-            raise asyncpg.InterfaceError("cannot call Transaction.__aexit__(): the underlying connection is closed")
+            raise asyncpg.InterfaceError(
+                "cannot call Transaction.__aexit__(): the underlying connection is closed"
+            )
         await self._connection._ask(COMMIT if kind is None else ROLLBACK, (), None)

@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import asyncpg
 
@@ -26,6 +25,7 @@ from hookd.postgres import connect, maintenance, owner, queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from uuid import UUID
 
 SLEEPS, WAKES = 2, 1
 """Of a sleeper."""
@@ -106,9 +106,9 @@ class Transaction:
 
     session: Session | None
     xid: int = 0
-    changes: list[Callable[[], None]] = field(default_factory=list)
+    changes: list[Callable[[], object]] = field(default_factory=list)
     locked: list[Any] = field(default_factory=list)
-    waiters: list[Callable[[], None]] = field(default_factory=list)
+    waiters: list[Callable[[], object]] = field(default_factory=list)
     notifications: dict[str, None] = field(default_factory=dict)
     failed: bool = False
     settled: list[tuple[Delivery, bool]] = field(default_factory=list)
@@ -332,7 +332,9 @@ class Database:
         self.sessions[session.pid] = session
         return session
 
-    def end(self, session: Session, at: float, error: Exception | None = None, *, silently: bool = False) -> None:
+    def end(
+        self, session: Session, at: float, error: Exception | None = None, *, silently: bool = False
+    ) -> None:
         """A session ends: what it had begun is undone, what it had locked is free; its client is told ``error``."""
         if not session.alive:
             return
@@ -354,7 +356,11 @@ class Database:
         """The server goes down, at once: every session is gone, and what was not committed."""
         self.up = False
         for session in list(self.sessions.values()):
-            self.end(session, at, asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"))
+            self.end(
+                session,
+                at,
+                asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+            )
         for tx in list(self.open.values()):
             self.rollback(tx)
 
@@ -398,11 +404,15 @@ class Database:
                 if isinstance(value, str):
                     value.encode()
                     if "\0" in value:
-                        raise asyncpg.CharacterNotInRepertoireError('invalid byte sequence for encoding "UTF8": 0x00')
+                        raise asyncpg.CharacterNotInRepertoireError(
+                            'invalid byte sequence for encoding "UTF8": 0x00'
+                        )
             at, delivery_id, event_id, endpoint, attempt, status = record[:6]
             verdict, outcome, reason, retry_at = record[10:14]
             attempts.append(
-                Attempt(at, delivery_id, event_id, endpoint, attempt, status, verdict, outcome, reason, retry_at)
+                Attempt(
+                    at, delivery_id, event_id, endpoint, attempt, status, verdict, outcome, reason, retry_at
+                )
             )
         self.xid(session.tx)
         session.tx.attempts += attempts
@@ -619,7 +629,9 @@ class Database:
         if not xip and self._newest_xid < xmax:
             return []
         late = {int(x) for x in xip}
-        found = [d for d in self.deliveries.values() if (d.xid >= xmax or d.xid in late) and d.shard in shards]
+        found = [
+            d for d in self.deliveries.values() if (d.xid >= xmax or d.xid in late) and d.shard in shards
+        ]
         found.sort(key=_by_id)
         return found
 
@@ -637,11 +649,15 @@ class Database:
     def _arrival_places(self, _: Session, args: Sequence[Any]) -> list[Any]:
         places: dict[int, dict[str, Any]] = {}
         for d in self._arrived(args):
-            place = places.setdefault(d.endpoint, {"endpoint": d.endpoint, "first_id": None, "first_due": None})
+            place = places.setdefault(
+                d.endpoint, {"endpoint": d.endpoint, "first_id": None, "first_due": None}
+            )
             if d.due_at is None:
                 place["first_id"] = d.id if place["first_id"] is None else min(place["first_id"], d.id)
             else:
-                place["first_due"] = d.due_at if place["first_due"] is None else min(place["first_due"], d.due_at)
+                place["first_due"] = (
+                    d.due_at if place["first_due"] is None else min(place["first_due"], d.due_at)
+                )
         return [(self.snapshot(), self.now(), None, None, None), *places.values()]
 
     def _refill_fresh(self, _: Session, args: Sequence[Any]) -> list[Any]:
@@ -692,7 +708,11 @@ class Database:
         rows = self._sorted()
         answer = []
         for endpoint, key, id_, event_id in zip(*args[:4], strict=True):
-            found = [d for d in rows if d.endpoint == endpoint and d.coalesce_key == key and d.id < id_ and not d.attempt]
+            found = [
+                d
+                for d in rows
+                if d.endpoint == endpoint and d.coalesce_key == key and d.id < id_ and not d.attempt
+            ]
             answer += [self._row(d, event_id) for d in found[: args[4]]]
         return answer
 
@@ -854,9 +874,7 @@ class Database:
         return queued
 
 
-WRITING = frozenset(
-    {owner.SETTLE_FINAL, owner.SETTLE_RETRY, owner.FORWARD, queue.RESET_FOREIGN_XIDS}
-)
+WRITING = frozenset({owner.SETTLE_FINAL, owner.SETTLE_RETRY, owner.FORWARD, queue.RESET_FOREIGN_XIDS})
 """Statements that need a transaction when they are run outside of one."""
 
 

@@ -17,7 +17,6 @@ from hookd.core.lanes import Lanes
 from hookd.core.limits import Gate
 from hookd.core.model import Event, Outcome, OutcomeKind, Result, Verdict, VerdictKind
 from hookd.core.reads import Snapshot
-from hookd.core.shares import View
 from hookd.daemon import Daemon
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from hookd.core.model import Delivery
     from hookd.core.reads import Row
+    from hookd.core.shares import View
 
 
 def settled_before_the_answer() -> Any:
@@ -133,7 +133,11 @@ def event_lost_between_reads() -> Any:
     async def wrong(self: Feed, rows: Sequence[Row]) -> None:
         from hookd.core.model import Delivery
 
-        missing = list(dict.fromkeys(r.event_id for r in rows if r.replaced_by is None and r.event_id not in self._events))
+        missing = list(
+            dict.fromkeys(
+                r.event_id for r in rows if r.replaced_by is None and r.event_id not in self._events
+            )
+        )
         if missing:
             self._events.update(await self._reads.events(missing))
         for row in rows:

@@ -93,10 +93,11 @@ class Sender(Protocol):
 
     name: str
     loop: ProcessLoop
-    dead: bool
     reloads: int
     ours_until: float
 
+    @property
+    def dead(self) -> bool: ...
     def session(self) -> Session | None: ...
     def wall(self) -> float: ...
 
@@ -242,7 +243,9 @@ class Exchange:
 
     @staticmethod
     def _lost() -> Outcome:
-        return Outcome(OutcomeKind.CONNECTION_LOST, sent=True, reason="the connection was closed without an answer")
+        return Outcome(
+            OutcomeKind.CONNECTION_LOST, sent=True, reason="the connection was closed without an answer"
+        )
 
     def _receive(self) -> None:
         """At the receiver."""
@@ -267,7 +270,11 @@ class Exchange:
             outcome = Outcome(OutcomeKind.MALFORMED, sent=True, reason="the answer was not HTTP")
         else:
             outcome = Outcome(
-                OutcomeKind.ANSWERED, sent=True, status=answer.status, retry_after=answer.retry_after, body=answer.body
+                OutcomeKind.ANSWERED,
+                sent=True,
+                status=answer.status,
+                retry_after=answer.retry_after,
+                body=answer.body,
             )
         self._process.loop.call_later(network.lag(), self._end, outcome)
 

@@ -63,7 +63,7 @@ class Process:
         self.config = config
         self._random = random.Random(seed)
         self.draw = self._random.random
-        self.loop = ProcessLoop(world.timeline, self._complained)
+        self.loop = ProcessLoop(world.timeline, self._complained)  # type: ignore[abstract]
         self.link = Link(world.database, world.timeline, self.loop, self._random)
         self.exchange = ScriptedExchange(world.network, self)
         self.wall_step_s = 0.0

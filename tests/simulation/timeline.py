@@ -15,7 +15,7 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import contextvars
@@ -109,7 +109,7 @@ class NumberedTask(asyncio.Task[Any]):
 
     number: int
 
-    def __new__(cls, _coro: Any, *, number: int, **_: Any) -> NumberedTask:
+    def __new__(cls, _coro: Any, *, number: int, **_: Any) -> Self:
         # before __init__, in which asyncio puts it into a set
         self = super().__new__(cls)
         self.number = number
@@ -123,7 +123,7 @@ class NumberedTask(asyncio.Task[Any]):
 
 
 class ProcessLoop(asyncio.AbstractEventLoop):
-    """The event loop of one simulated process."""
+    """The event loop of one simulated process.  What it does not have (sockets, files, threads) nothing may ask for."""
 
     def __init__(self, timeline: Timeline, complain: Callable[[dict[str, Any]], None]) -> None:
         """``complain`` is told what asyncio would log: an exception that nobody caught."""
@@ -149,7 +149,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def is_closed(self) -> bool:
         return False
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
@@ -159,7 +159,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
             self._timeline.runnable(self)
         return handle
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self,
         when: float,
         callback: Callable[..., object],
@@ -171,7 +171,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
             self._timeline.timer(self, handle)
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self,
         delay: float,
         callback: Callable[..., object],

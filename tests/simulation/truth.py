@@ -67,6 +67,7 @@ class Truth:
         self._timeline = timeline
         self._trace = trace
         self.violations: list[str] = []
+        self.deaf = False
         self.owed: dict[int, Owed] = {}
         self.tally = Tally()
         self.clock_went_back = False
@@ -82,6 +83,8 @@ class Truth:
 
     def wrong(self, what: str) -> None:
         """Something is not as it has to be."""
+        if self.deaf:
+            return
         self.violations.append(f"at {self._timeline.now:.6f}: {what}")
         self._trace(f"!!! {what}")
 
@@ -113,10 +116,14 @@ class Truth:
                 self.wrong(f"delivery {row.id} was settled twice")
             if attempt is None:
                 continue
-            self._trace(f"settled {row.id} {attempt.verdict} ({attempt.reason or ''}) by session {session.pid}")
+            self._trace(
+                f"settled {row.id} {attempt.verdict} ({attempt.reason or ''}) by session {session.pid}"
+            )
             problem = self._unfounded(owed, attempt, final=final)
             if problem:
-                self.wrong(f"delivery {row.id} was settled as {attempt.verdict} ({attempt.reason}): {problem}")
+                self.wrong(
+                    f"delivery {row.id} was settled as {attempt.verdict} ({attempt.reason}): {problem}"
+                )
             if final:
                 owed.settled_at, owed.verdict = now, attempt.verdict
 
@@ -128,7 +135,11 @@ class Truth:
         endpoint = self._db.endpoints.get(row.endpoint)
         match attempt.verdict:
             case "delivered":
-                if not any(200 <= r.status < 300 and r.webhook_id == str(row.event_id) for f in flights for r in f.receipts):
+                if not any(
+                    200 <= r.status < 300 and r.webhook_id == str(row.event_id)
+                    for f in flights
+                    for r in f.receipts
+                ):
                     return f"its receiver has not acknowledged attempt {attempt.attempt}"
             case "retry":
                 if final or not any(f.outcome is not None for f in flights):
@@ -137,7 +148,11 @@ class Truth:
                 if row.id not in self._db.dead:
                     return "there is no dead letter"
                 tried_all = attempt.attempt >= self.attempts_most
-                if not (tried_all or attempt.status == 410 or (attempt.reason or "").startswith("endpoint disabled")):
+                if not (
+                    tried_all
+                    or attempt.status == 410
+                    or (attempt.reason or "").startswith("endpoint disabled")
+                ):
                     return f"it was attempt {attempt.attempt} of {self.attempts_most}"
             case "expired":
                 if event.expires_at is None:
@@ -207,7 +222,9 @@ class Truth:
         if owed.settled_at is not None and not mine_is_over:
             self.wrong(f"{name} sends delivery {number}, which was settled as {owed.verdict}")
         for before in owed.flights:
-            over = before.process.dead or before.session is None or not before.session.alive or before.given_up
+            over = (
+                before.process.dead or before.session is None or not before.session.alive or before.given_up
+            )
             if before.ended_at is None and not before.process.dead and before.process is flight.process:
                 self.wrong(f"{name} sends delivery {number}, which it is sending already")
             elif before.ended_at is None and not over and not mine_is_over:
@@ -217,14 +234,18 @@ class Truth:
                 self.tally.duplicates += 1
             outcome = before.outcome
             if outcome is not None and 200 <= outcome.status < 300 and not over and not mine_is_over:
-                self.wrong(f"{name} sends delivery {number} again, which {before.process.name} knows to be delivered")
+                self.wrong(
+                    f"{name} sends delivery {number} again, which {before.process.name} knows to be delivered"
+                )
 
     def _in_time(self, flight: Flight, owed: Owed) -> None:
         row, name = owed.row, flight.process.name
         if flight.session is None or not flight.session.alive:
             return
         if flight.attempt != row.attempt:
-            self.wrong(f"{name} makes attempt {flight.attempt + 1} of delivery {row.id}, which has had {row.attempt}")
+            self.wrong(
+                f"{name} makes attempt {flight.attempt + 1} of delivery {row.id}, which has had {row.attempt}"
+            )
         early_s = row.due_at.timestamp() - self._db.clock() if row.due_at is not None else 0.0
         if early_s > NOT_YET_S and not self.clock_went_back:
             self.wrong(f"{name} sends delivery {row.id} {early_s:.3f} s before it is due")
@@ -242,31 +263,43 @@ class Truth:
             first = self.owed[older.id]
             assert first.committed_at is not None
             if first.xid == owed.xid or first.committed_at <= owed.inserted_at:
-                self.wrong(f"{flight.process.name} sends delivery {row.id} before {older.id} of the same order key")
+                self.wrong(
+                    f"{flight.process.name} sends delivery {row.id} before {older.id} of the same order key"
+                )
 
     def _not_too_many(self, flight: Flight, hosts: list[Flight]) -> None:
         process: Any = flight.process
         limits: HostLimits = process.limits(flight.host)
         mine = [f for f in hosts if f.process is process]
         if limits.concurrency and len(mine) > limits.concurrency:
-            self.wrong(f"{process.name} has {len(mine)} exchanges with {flight.host}, {limits.concurrency} are allowed")
+            self.wrong(
+                f"{process.name} has {len(mine)} exchanges with {flight.host}, {limits.concurrency} are allowed"
+            )
         others = [f for f in hosts if f.process is not process and f.session is not None and f.session.alive]
         if others and flight.session is not None and flight.session.alive:
-            self.wrong(f"{process.name} begins an exchange with {flight.host} while {others[0].process.name} has one")
+            self.wrong(
+                f"{process.name} begins an exchange with {flight.host} while {others[0].process.name} has one"
+            )
         most = process.endpoint_concurrency(flight.endpoint)
         if most is not None:
             count = sum(f.endpoint == flight.endpoint for f in mine)
             if count > most:
-                self.wrong(f"{process.name} has {count} exchanges for endpoint {flight.endpoint}, {most} are allowed")
-        if len([f for flights in self._open.values() for f in flights if f.process is process]) > process.max_in_flight:
+                self.wrong(
+                    f"{process.name} has {count} exchanges for endpoint {flight.endpoint}, {most} are allowed"
+                )
+        if (
+            len([f for flights in self._open.values() for f in flights if f.process is process])
+            > process.max_in_flight
+        ):
             self.wrong(f"{process.name} has more than {process.max_in_flight} exchanges in flight")
 
     def written(self, flight: Flight) -> None:
         """I5: the rate, by what is written."""
         process: Any = flight.process
         limits = process.limits(flight.host)
-        if limits.rate:
-            # a bucket of its own for each configuration: what was sent before a reload may be in it, or not
+        if limits.rate and flight.limits == process.reloads:
+            # a bucket for each configuration: what was sent before a reload may be in it or not, and an exchange that began
+            # while its host had no rate does not wait for a turn
             key = (process.name, flight.host, process.reloads)
             self._paced(flight, key, limits.rate, limits.burst)
 
@@ -274,26 +307,34 @@ class Truth:
         now, interval = self._timeline.now, 1 / rate
         full_at = max(self._next_write.get(key, 0.0), now)
         if full_at - (max(1, burst) - 1) * interval > now + ROUNDING_S:
-            self.wrong(f"{flight.process.name} writes to {flight.host} faster than {rate:g} a second, burst {burst}")
+            self.wrong(
+                f"{flight.process.name} writes to {flight.host} faster than {rate:g} a second, burst {burst}"
+            )
         self._next_write[key] = full_at + interval
 
     def received(self, receipt: Receipt) -> None:
         """I2."""
         owed = self.owed[receipt.flight.delivery_id]
         if str(owed.row.event_id) != receipt.webhook_id:
-            self.wrong(f"{receipt.path} was sent event {receipt.webhook_id}, which is not that of delivery {owed.row.id}")
+            self.wrong(
+                f"{receipt.path} was sent event {receipt.webhook_id}, which is not that of delivery {owed.row.id}"
+            )
 
     def replied(self, receipt: Receipt) -> None:
         """A receiver has answered, whoever hears it."""
         flight = receipt.flight
         self.tally.acknowledged += 200 <= receipt.status < 300
-        self._trace(f"{flight.host} answers {receipt.status} to {flight.delivery_id} attempt {receipt.attempt}")
+        self._trace(
+            f"{flight.host} answers {receipt.status} to {flight.delivery_id} attempt {receipt.attempt}"
+        )
 
     def ended(self, flight: Flight) -> None:
         """An exchange is over for its sender."""
         outcome = flight.outcome
         assert outcome is not None
-        self._trace(f"{flight.process.name} ends {flight.delivery_id}: {outcome.kind.value} {outcome.status or ''}")
+        self._trace(
+            f"{flight.process.name} ends {flight.delivery_id}: {outcome.kind.value} {outcome.status or ''}"
+        )
         self._open[flight.host].remove(flight)
 
     def abandoned(self, flight: Flight) -> None:
