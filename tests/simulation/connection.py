@@ -63,6 +63,8 @@ class Link:
         """One way, on the average."""
         self.server_s: Callable[[str], float] = lambda _: 0.0
         """How long the server takes for a statement."""
+        self.answer_s: Callable[[str], float] = lambda _: 0.0
+        """How much later than it was run its answer comes."""
         self.fails: Callable[[Connection, str], Exception | None] = lambda _c, _q: None
         """What the server says in place of running a statement."""
         self.breaks: Callable[[str], str | None] = lambda _: None
@@ -282,6 +284,7 @@ class Connection:
                 asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
             )
             return
+        self._here_at = max(self._here_at, link.timeline.now) + link.answer_s(statement.query)
         self._tell(self._answer, statement, answer, error)
 
     def _executed(self, statement: Statement) -> Any:

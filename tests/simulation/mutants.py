@@ -6,7 +6,6 @@ Each replaces a part of hookd, or of what stands beside it, by one that is wrong
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,9 @@ from hookd.core.lanes import Lanes
 from hookd.core.limits import Gate
 from hookd.core.model import Event, Outcome, OutcomeKind, Result, Verdict, VerdictKind
 from hookd.core.reads import Snapshot
-from hookd.daemon import Daemon
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
 from hookd.postgres.owner import OwnerSession
-from hookd.recorder import Recorder
 
 from .network import ScriptedExchange
 
@@ -216,34 +213,16 @@ def one_too_many() -> Any:
 
 def order_forgotten() -> Any:
     """A row with an order key goes into memory as any other."""
-    return mock.patch.object(Heads, "take", lambda _self, _key, _row: True)
+
+    def wrong(self: Feed, row: Row, *, head: bool) -> bool:
+        return self._states.stands(row, self._give_way)
+
+    return mock.patch.object(Feed, "_turn_of", wrong)
 
 
 def late_heads_passed_over() -> Any:
     """A successor is taken though an older row has come since it was read."""
-    return mock.patch.object(Heads, "came", lambda *_: None)
-
-
-def attempts_not_compared() -> Any:
-    """What was lost with a session is dropped though its shard is still ours, and nobody reads it again."""
-    settle = Recorder._settle
-
-    async def wrong(self: Recorder, batch: Any, ledger: Any, followers: Any) -> None:
-        if followers is None:
-            return
-        await settle(self, batch, ledger, followers)
-
-    return mock.patch.object(Recorder, "_settle", wrong)
-
-
-def stops_without_writing() -> Any:
-    """A daemon that is told to stop does not wait for what is unwritten."""
-
-    async def wrong(_: Daemon) -> int:
-        await asyncio.sleep(0)
-        return 0
-
-    return mock.patch.object(Daemon, "_write_the_rest", wrong)
+    return mock.patch.multiple(Heads, came=lambda *_: None, overtaken=lambda *_: False)
 
 
 def moved_in_flight() -> Any:
@@ -284,14 +263,14 @@ MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         (place_not_lowered, ("late",)),
         (retries_dropped, ("hosts",)),
         (event_lost_between_reads, ()),
-        (settled_rows_come_back, ("hosts",)),
+        (settled_rows_come_back, ("hosts", "slow_reads")),
         (in_flight_unknown, ("storm", "hosts")),
         (released_while_busy, ("crash", "term")),
         (snapshot_after_recovery, ("late", "crash")),
         (rate_forgotten, ()),
         (one_too_many, ()),
         (order_forgotten, ("late", "hosts")),
-        (late_heads_passed_over, ("late",)),
+        (late_heads_passed_over, ("late", "slow_reads")),
         (moved_in_flight, ("move", "hosts")),
         (held_and_forgotten, ("ours",)),
         (full_spins, ("hosts",)),

@@ -60,7 +60,7 @@ SETTLES = frozenset({owner_module.SETTLE_FINAL, owner_module.SETTLE_RETRY, COMMI
 FAULTS = (
     "crash", "term", "freeze", "partition", "terminate", "storm", "restart_db", "slow_db", "breaks", "disk_full", "deaf",
     "hosts", "ours", "wall", "db_clock", "reload", "pause", "disable", "remove", "move", "limits", "replay", "late",
-    "rollback", "poison", "repeatable",
+    "rollback", "poison", "repeatable", "slow_reads",
 )  # fmt: skip
 """What may go wrong; a seed has about a third of them."""
 
@@ -311,7 +311,7 @@ class World:
             SECRET,
             tenant=tenant,
             types=dice.choice((("*",), ("*",), ("a.*",), ("a.x", "b"))),
-            ordered=dice.random() < 0.15,
+            ordered=dice.random() < 0.25,
             rate=dice.choice((None, None, None, 20.0)),
             concurrency=dice.choice((None, None, 1, 2)),
         )
@@ -331,6 +331,8 @@ class World:
         link.lag_s = self._link_lag_s
         link.server_s = lambda query: self._slow_s if query in SETTLES else 0.0
         link.fails = self._fails
+        if "slow_reads" in self.faults:
+            link.answer_s = self._answers_late
         if "breaks" in self.faults:
             link.breaks = self._breaks
 
@@ -342,6 +344,11 @@ class World:
         ):
             return asyncpg.DiskFullError("could not extend file: No space left on device")
         return None
+
+    def _answers_late(self, query: str) -> float:
+        if self.healed or query in SETTLES or self.dice.random() < 0.7:
+            return 0.0
+        return self.dice.uniform(0.0, 0.1)
 
     def _breaks(self, query: str) -> str | None:
         if self.healed or self.dice.random() >= (
