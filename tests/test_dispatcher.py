@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a/", "a:80", 0)
 
+TWO_AT_ONCE = HostLimits(concurrency=2)
+
 
 class Preparer:
     def compose(self, delivery: Delivery, timestamp: int) -> Request:
@@ -68,27 +70,28 @@ class Exchange:
 
 
 class Bench:
-    def __init__(self, exchange: Exchange, **more: object) -> None:
+    def __init__(self, exchange: Exchange, limits: HostLimits = TWO_AT_ONCE, max_in_flight: int = 10) -> None:
         self.exchange = exchange
         self.results: list[Result] = []
         self.faults: list[Exception] = []
+        self.dropped: list[Delivery] = []
         self.vouched = True
         self.recorder = Recorder(SystemClock(), refused=KeyError, report=lambda *_: None)
         self.dispatcher = Dispatcher(
-            Lanes(HostLimits(concurrency=2), {}),
+            Lanes(limits, {}),
             exchange,
             self.recorder,
             lambda _: Preparer(),
             RetryPolicy(),
             SystemClock(),
             SystemDice(1),
-            max_in_flight=10,
+            max_in_flight=max_in_flight,
             vouched=lambda: self.vouched,
             room=lambda _: None,
             report=self.results.append,
             fault=lambda _, error: self.faults.append(error),
             ours=lambda _: None,
-            dropped=lambda _: None,
+            dropped=self.dropped.append,
         )
         self.dispatcher.serve(ENDPOINT)
 
@@ -214,5 +217,63 @@ def test_a_drain_without_grace() -> None:
         await bench.until(lambda: exchange.sent == 1)
         assert await bench.dispatcher.drain(0) == 1
         assert bench.results == [], "it stays in the queue"
+
+    asyncio.run(go())
+
+
+def test_a_full_dispatcher_rests_though_a_lanes_time_has_come() -> None:
+    """It asked for turn after turn until an exchange ended."""
+
+    async def go() -> None:
+        exchange = Exchange()
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange, HostLimits(rate=1000.0, concurrency=5), max_in_flight=1)
+        turns = 0
+        turn = bench.dispatcher._turn
+
+        def counted() -> None:
+            nonlocal turns
+            turns += 1
+            turn()
+
+        bench.dispatcher._turn = counted  # type: ignore[method-assign]
+        for n in range(3):
+            bench.admit(n)
+        await bench.until(lambda: exchange.sent == 1)
+        # its time is a millisecond after the first's
+        await asyncio.sleep(0.1)
+        assert turns < 20
+        exchange.hold.set()
+        await bench.until(lambda: len(bench.results) == 3)
+
+    asyncio.run(go())
+
+
+def test_what_would_be_held_after_a_lost_session_is_let_go_of() -> None:
+    """The next feed reads it again; it was sent twice, and never read again where its shard was another's by then."""
+
+    async def go() -> None:
+        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors"))
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        bench.dispatcher.forget_all()
+        exchange.hold.set()
+        await bench.until(lambda: bool(bench.dropped))
+        assert [d.id for d in bench.dropped] == [1]
+        assert bench.dispatcher.under_way([ENDPOINT.key]) == []
+
+    asyncio.run(go())
+
+
+def test_what_is_held_when_its_endpoint_is_not_served_any_more_is_let_go_of() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        held = Delivery(DeliveryId(1), ENDPOINT.key, Event(UUID(int=2), "a", "t", b"{}", 0.0), 0, 0)
+        bench.dispatcher._hold(held, 0.01)
+        bench.dispatcher._endpoints.clear()
+        await bench.until(lambda: bool(bench.dropped))
+        assert bench.exchange.sent == 0
 
     asyncio.run(go())
