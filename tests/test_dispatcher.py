@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -174,8 +175,6 @@ def test_nothing_starts_while_the_recorder_is_backed_up() -> None:
 
 
 def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
-    from dataclasses import replace
-
     async def go() -> None:
         bench = Bench(Exchange(Outcome(OutcomeKind.ANSWERED, sent=True, status=410)))
         for n in range(6):
@@ -227,7 +226,9 @@ def test_a_full_dispatcher_rests_though_a_lanes_time_has_come() -> None:
     async def go() -> None:
         exchange = Exchange()
         exchange.hold = asyncio.Event()
-        bench = Bench(exchange, HostLimits(rate=1000.0, concurrency=5), max_in_flight=1)
+        bench = Bench(exchange, HostLimits(rate=20.0, concurrency=5), max_in_flight=2)
+        other = replace(ENDPOINT, key=EndpointKey(2), host="b:80")
+        bench.dispatcher.serve(other)
         turns = 0
         turn = bench.dispatcher._turn
 
@@ -237,11 +238,14 @@ def test_a_full_dispatcher_rests_though_a_lanes_time_has_come() -> None:
             turn()
 
         bench.dispatcher._turn = counted  # type: ignore[method-assign]
-        for n in range(3):
-            bench.admit(n)
+        bench.admit(1)
+        bench.admit(2)  # its time is 50 ms after the first's
         await bench.until(lambda: exchange.sent == 1)
-        # its time is a millisecond after the first's
-        await asyncio.sleep(0.1)
+        bench.dispatcher.admit(
+            Delivery(DeliveryId(3), other.key, Event(UUID(int=2), "a", "t", b"{}", 0.0), 0, 0)
+        )
+        await bench.until(lambda: exchange.sent == 2)
+        await asyncio.sleep(0.2)
         assert turns < 20
         exchange.hold.set()
         await bench.until(lambda: len(bench.results) == 3)
