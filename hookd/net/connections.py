@@ -79,7 +79,7 @@ class AddressBlocked(OSError):
 
 
 class _Dial:
-    """What the connector reads of a request when it opens a connection; one for each target."""
+    """What the connector reads of a request when it opens a connection."""
 
     __slots__ = (
         "connection_key",
@@ -171,7 +171,6 @@ class Connections:
         """By origin: connections are shared by everybody on the same scheme, host and port."""
         self.talking: set[Line] = set()
         """Lines on which an answer is awaited."""
-        self._dials: dict[Target, _Dial] = {}
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         self.opened = 0
 
@@ -207,13 +206,9 @@ class Connections:
         """A new connection to a vetted address of the target.  The caller sets the deadline."""
         if self._proxy is not None:
             return await self._open_by(self._proxy, target)
-        dial = self._dials.get(target)
-        if dial is None:
-            if len(self._dials) > 10_000:
-                self._dials.clear()
-            dial = self._dials[target] = _Dial(target, self._context)
+        dial: Any = _Dial(target, self._context)
         try:
-            connection = await self._connector.connect(dial, [], NO_TIMEOUT)  # type: ignore[arg-type]
+            connection = await self._connector.connect(dial, [], NO_TIMEOUT)
         except Exception as error:
             failure = connect_failure(error)
             if failure is None:

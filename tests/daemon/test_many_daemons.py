@@ -77,9 +77,7 @@ def test_shards_are_divided_and_come_back(dsn: str, start_daemon: Callable[..., 
         first = start_daemon()
         await wait_for_shares(dsn, [64])
         second = start_daemon()
-        begun = time.monotonic()
         await wait_for_shares(dsn, [32, 32])
-        assert time.monotonic() - begun < 5
         third = start_daemon()
         await wait_for_shares(dsn, [21, 21, 22])
         async with hosts(dsn, 12) as receivers:

@@ -230,7 +230,7 @@ def test_bytes_that_come_while_it_is_idle_end_the_connection() -> None:
 def test_the_deadline_covers_everything() -> None:
     async def slow_body(_call: Call, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
-        for _ in range(100):
+        for _ in range(400):
             writer.write(b"x")
             await writer.drain()
             await asyncio.sleep(0.1)
@@ -240,11 +240,11 @@ def test_the_deadline_covers_everything() -> None:
 
     async def go() -> None:
         async with Receiver(slow_body) as dripping, Receiver(silent) as quiet, exchange() as http:
-            begun = time.monotonic()
-            dripped, waited = await asyncio.gather(
-                http.send(request(dripping.url, timeout_s=1.0)), http.send(request(quiet.url, timeout_s=1.0))
-            )
-            assert time.monotonic() - begun < 3
+            async with asyncio.timeout(20):
+                dripped, waited = await asyncio.gather(
+                    http.send(request(dripping.url, timeout_s=1.0)),
+                    http.send(request(quiet.url, timeout_s=1.0)),
+                )
             assert (dripped.status, dripped.body_truncated) == (200, True)
             assert (waited.kind, waited.sent, waited.status) == (OutcomeKind.TIMEOUT, True, 0)
 
@@ -263,9 +263,10 @@ def test_connecting_has_a_time_of_its_own() -> None:
                 with contextlib.suppress(BlockingIOError):
                     filler.connect(("127.0.0.1", port))
             async with exchange() as http:
-                outcome = await http.send(request(f"http://127.0.0.1:{port}/", connect_timeout_s=0.5))
+                asked = request(f"http://127.0.0.1:{port}/", timeout_s=60, connect_timeout_s=0.5)
+                async with asyncio.timeout(20):
+                    outcome = await http.send(asked)
                 assert (outcome.kind, outcome.sent) == (OutcomeKind.CONNECT_TIMEOUT, False)
-                assert outcome.total_ms < 3000
             for filler in fillers:
                 filler.close()
 
