@@ -22,7 +22,7 @@ from .world import World
 if TYPE_CHECKING:
     from .world import Report
 
-AT_ONCE = 20
+AT_ONCE = 5
 YEAR_S = 365.25 * 86400
 
 

@@ -251,32 +251,33 @@ def full_spins() -> Any:
     return mock.patch.object(Dispatcher, "_turn", wrong)
 
 
-MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    make.__name__: (make, faults)
-    for make, faults in (
-        (settled_before_the_answer, ()),
-        (no_fencing, ("crash",)),
-        (locks_outlive_the_session, ("terminate",)),
-        (always_vouched, ("partition", "hosts")),
-        (forgeries_believed, ("hosts",)),
-        (late_commits_forgotten, ("late",)),
-        (place_not_lowered, ("late",)),
-        (retries_dropped, ("hosts",)),
-        (event_lost_between_reads, ()),
-        (settled_rows_come_back, ("hosts", "slow_reads")),
-        (in_flight_unknown, ("storm", "hosts")),
-        (released_while_busy, ("crash", "term")),
-        (snapshot_after_recovery, ("late", "crash")),
-        (rate_forgotten, ()),
-        (one_too_many, ()),
-        (order_forgotten, ("late", "hosts")),
-        (late_heads_passed_over, ("late", "slow_reads")),
-        (moved_in_flight, ("move", "hosts")),
-        (held_and_forgotten, ("ours",)),
-        (full_spins, ("hosts",)),
+MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...], int]] = {
+    make.__name__: (make, faults, first)
+    for make, faults, first in (
+        (settled_before_the_answer, (), 1),
+        (no_fencing, ("crash",), 1),
+        (locks_outlive_the_session, ("terminate",), 1),
+        (always_vouched, ("partition", "hosts"), 20),
+        (forgeries_believed, ("hosts",), 41),
+        (late_commits_forgotten, ("late",), 2),
+        (place_not_lowered, ("late",), 16),
+        (retries_dropped, ("hosts",), 1),
+        (event_lost_between_reads, (), 62),
+        (settled_rows_come_back, ("hosts", "slow_reads"), 61),
+        (in_flight_unknown, ("storm", "hosts"), 17),
+        (released_while_busy, ("crash", "term"), 27),
+        (snapshot_after_recovery, ("late", "crash"), 1),
+        (rate_forgotten, (), 1),
+        (one_too_many, (), 3),
+        (order_forgotten, ("late", "hosts"), 1),
+        (late_heads_passed_over, ("late", "slow_reads"), 35),
+        (moved_in_flight, ("move", "hosts"), 23),
+        (held_and_forgotten, ("ours",), 1),
+        (full_spins, ("hosts",), 14),
     )
 }
-"""Each with the faults without which it could not show."""
+"""Each with the faults without which it could not show, and the seed from which it is looked for: the first that showed it when
+the worlds were last changed, to save time.  Another one is as good."""
 
 
 @contextlib.contextmanager
