@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hookd.core.model import OutcomeKind
 from hookd.core.verdict import RETRY_AFTER_MOST_S
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ class Truth:
                 ):
                     return f"its receiver has not acknowledged attempt {attempt.attempt}"
             case "retry":
-                if final or not any(f.outcome is not None for f in flights):
-                    return "no such attempt was made"
+                if final or not any(f.outcome and f.outcome.kind is not OutcomeKind.OURS for f in flights):
+                    return "no such attempt was made, or its fault was ours"
             case "exhausted":
                 if row.id not in self._db.dead:
                     return "there is no dead letter"
