@@ -222,9 +222,14 @@ class Exchange:
     async def _in_turn(self, turn: Turn) -> None:
         if self._answer.connect_s:
             await asyncio.sleep(self._answer.connect_s)
-        if await turn.wait():
-            if self._done is not None:
-                self._write()
+        try:
+            mine = await turn.wait()
+        except Exception as fault:
+            # as the real one has it: the daemon says so, and that is the end of this world
+            self._end(Outcome(OutcomeKind.OURS, reason="an internal error", fault=fault))
+            return
+        if mine:
+            self._write()
         else:
             self._end(Outcome(OutcomeKind.OURS, reason="the host's rate was lowered meanwhile"))
 

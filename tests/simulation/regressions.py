@@ -8,15 +8,15 @@ has a test of its own as well, which is named here.
 from __future__ import annotations
 
 FOUND = {
-    12: "a dispatcher that was full span while a throttled lane's time had come (test_dispatcher)",
-    3: "a session that ended while it began to listen was an internal error (test_owner)",
-    80: "a row that fell due before the place of an ended endpoint's rows was never read (test_feed)",
-    82: "a daemon that lost its session in the moment in which it was told to stop never ended (test_cancelled)",
-    123: "a delivery held over a lost session was sent twice and broke the timer (test_dispatcher)",
-    16: "a delivery in flight was forwarded with its endpoint and sent by both owners (test_feed)",
-    19: "a delivery of an endpoint that had moved was settled by an owner that had given up its shard (test_feed)",
-    295: "the head of an order key passed over an older row that committed late (test_feed)",
-    314: "an older row that was forwarded counted as later (test_feed)",
-    488: "a row that arrived while its endpoint was thought to be in another shard was never read (test_feed)",
+    12: "a dispatcher that was full span while a throttled lane's time had come (tests/test_dispatcher.py)",
+    3: "a session that ended while it began to listen was an internal error (tests/postgres/test_owner.py)",
+    80: "a row that fell due before the place of an ended endpoint's rows was never read (tests/test_feed.py)",
+    82: "a daemon that lost its session in the moment in which it was told to stop never ended (test_found.py)",
+    123: "a delivery held over a lost session was sent twice and broke the timer (tests/test_dispatcher.py)",
+    16: "a delivery in flight was forwarded with its endpoint and sent by both owners (tests/test_feed.py)",
+    19: "a delivery of an endpoint that had moved was settled by an owner that had given up its shard (tests/test_feed.py)",
+    295: "the head of an order key passed over an older row that committed late (tests/test_feed.py)",
+    314: "an older row that was forwarded counted as later (tests/test_feed.py)",
+    488: "a row that arrived while its endpoint was thought to be in another shard was never read (tests/test_feed.py)",
     775: "a reload that gave a host a rate: exchanges begun before it do not wait for a turn (the check was wrong)",
 }
