@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - this is a command
 """
 Run seeds by hand.
 
@@ -24,45 +25,42 @@ if TYPE_CHECKING:
 
 AT_ONCE = 5
 YEAR_S = 365.25 * 86400
+COUNTED = ("events", "deliveries", "exchanges", "duplicates", "settles")
 
 
 def one(seed: int, mutant: str, *, verbose: bool) -> int:
     """Show one seed; 1 if it failed."""
     with mutated(mutant):
         report = World(seed, print if verbose else None, also=faults_of(mutant)).run()
+    print(report)
     return int(bool(report.violations))
 
 
 def many(first: int, last: int, mutant: str, processes: int) -> int:
     """Run many seeds, with a line that tells how far it is; 1 if any failed."""
-    shares = [
-        (list(range(start, min(start + AT_ONCE, last + 1))), mutant)
-        for start in range(first, last + 1, AT_ONCE)
-    ]
+    starts = range(first, last + 1, AT_ONCE)
+    shares = [(list(range(start, min(start + AT_ONCE, last + 1))), mutant) for start in starts]
     begun = time.monotonic()
-    done = 0
-    failed: list[Report] = []
-    sums: Counter[str] = Counter()
-    virtual_s = 0.0
+    reports: list[Report] = []
+    failed = 0
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for reports in pool.imap_unordered(some, shares):
-            done += len(reports)
-            for report in reports:
-                virtual_s += report.virtual_s
-                sums.update(
-                    events=report.events,
-                    deliveries=report.deliveries,
-                    exchanges=report.exchanges,
-                    duplicates=report.duplicates,
-                    settles=report.settles,
-                )
-                sums.update({f"fault {name}": count for name, count in report.faults.items()})
+        for share in pool.imap_unordered(some, shares):
+            reports += share
+            for report in share:
                 if report.violations:
-                    failed.append(report)
-            done / (time.monotonic() - begun)
+                    failed += 1
+                    print(f"\rseed {report.seed}: {report.violations[0]}")
+            pace = len(reports) / (time.monotonic() - begun)
+            print(f"\r{len(reports):,} seeds, {failed} failed, {pace:.1f}/s ", end="", flush=True)
+    sums = {name: sum(getattr(r, name) for r in reports) for name in COUNTED}
+    faults: Counter[str] = sum((r.faults for r in reports), Counter())
+    virtual_s = sum(r.virtual_s for r in reports)
+    print("\n" + ", ".join(f"{count:,} {name}" for name, count in sums.items()))
+    print(", ".join(f"{name} {count:,}" for name, count in sorted(faults.items())))
+    print(f"{virtual_s / 86400:.1f} days of virtual time ({virtual_s / YEAR_S:.3f} years)")
     if not failed:
-        pass
-    return int(bool(failed))
+        print(f"0 of {len(reports):,} failed: at 95 % fewer than {3 / len(reports):.4%} of all seeds do")
+    return int(failed > 0)
 
 
 def main() -> None:
