@@ -12,6 +12,7 @@ from uuid import UUID
 from hookd.clock import SystemClock
 from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, Event
 from hookd.core.reads import Arrivals, Row, Snapshot
+from hookd.core.states import States
 from hookd.feed import Feed
 
 if TYPE_CHECKING:
@@ -241,3 +242,14 @@ def test_what_was_dropped_is_read_again_where_it_is_ours() -> None:
         assert feed._demand_fresh() == [(ENDPOINT.key, 3, 4)]
 
     asyncio.run(go())
+
+
+def test_a_retry_does_not_wait_for_another_of_its_coalesce_key() -> None:
+    """When the one under way had ended the newest was read, and the retry, which was neither, never again."""
+    states = States()
+    key = EndpointKey(1), "s"
+    assert states.stands(row(1, 1, coalesce_key="s"), lambda *_: False)
+    assert states.stands(row(2, 2, coalesce_key="s", attempt=1), lambda *_: False)
+    assert not states.stands(row(3, 3, coalesce_key="s"), lambda *_: False)
+    states.left(key, DeliveryId(1))
+    assert states.demands() == [key]

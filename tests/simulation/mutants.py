@@ -266,7 +266,7 @@ MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...], int]] = {
         (settled_rows_come_back, ("hosts", "slow_reads"), 61),
         (in_flight_unknown, ("storm", "hosts"), 17),
         (released_while_busy, ("crash", "term"), 27),
-        (snapshot_after_recovery, ("late", "crash"), 1),
+        (snapshot_after_recovery, ("slow_reads", "terminate", "crash"), 1),
         (rate_forgotten, (), 1),
         (one_too_many, (), 3),
         (order_forgotten, ("late", "hosts"), 1),

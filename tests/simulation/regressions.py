@@ -20,3 +20,4 @@ FOUND = {
     488: "a row that arrived while its endpoint was thought to be in another shard was never read (tests/test_feed.py)",
     775: "a reload that gave a host a rate: exchanges begun before it do not wait for a turn (the check was wrong)",
 }
+"""What it found with faults that a seed does not have of itself is in ``test_found``, or beside what was wrong."""

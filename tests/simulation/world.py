@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 EPOCH = 1_800_000_000.0
 
-SETTLED_WITHIN_S = 600.0
-"""From the moment when all is healed.  A breaker probes at least once a minute, a parked endpoint once in five."""
+SETTLED_WITHIN_S = 120.0
+"""From the moment when all is healed.  Hosts fail for some seconds, so their breakers probe again within as many."""
 
 STOPPED_WITHIN_S = 60.0
 
