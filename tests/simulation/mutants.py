@@ -6,6 +6,7 @@ Each replaces a part of hookd, or of what stands beside it, by one that is wrong
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any

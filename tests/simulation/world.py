@@ -717,7 +717,8 @@ class World:
             truth.wrong(f"{len(pending)} deliveries are not settled {SETTLED_WITHIN_S:.0f} s after all was healed: {[o.row for o in pending[:5]]}")  # fmt: skip
 
     def _stop(self) -> None:
-        running = self.alive()
+        # who was told to before may have had no database to write to within its grace
+        running = [p for p in self.alive() if not p.stopping]
         for process in running:
             process.stop()
         self._run_until(self.timeline.now + STOPPED_WITHIN_S, lambda: not self.alive())
