@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench lint lock clean
+.PHONY: help run demo test bench torture lint lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ help: ## this list
 run: $(VENV)/.run ## start hookd with config.toml (embedded PostgreSQL, console on http://127.0.0.1:8440)
 	$(BIN)/hookd run --config config.toml
 
-demo: $(VENV)/.run ## receivers good and bad, a stream of events, and what becomes of them
+demo: $(VENV)/.run ## receivers good and bad, and what hookd does about each
 	$(BIN)/hookd demo
 
 test: $(VENV)/.dev ## the whole test suite
@@ -21,6 +21,9 @@ test: $(VENV)/.dev ## the whole test suite
 bench: $(VENV)/.bench ## the load scripts (up to 15 minutes); a report with plots in .bench
 	$(BIN)/python bench/all.py $(ARGS)
 
+torture: $(VENV)/.bench ## daemons and PostgreSQL killed under load, hours of it; ARGS="--short", "--resume"; a report in .bench
+	$(BIN)/python bench/torture.py $(ARGS)
+
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,11 +31,11 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 
 lock: ## renew the lock files from pyproject.toml (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded pyproject.toml build.in -o requirements.lock
+	  --extra embedded --extra docs pyproject.toml build.in -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
+	  --extra embedded --extra docs --extra test --extra lint pyproject.toml build.in -o requirements-dev.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded --extra bench -c requirements-dev.lock pyproject.toml build.in -o requirements-bench.lock
+	  --extra embedded --extra docs --extra bench -c requirements-dev.lock pyproject.toml build.in -o requirements-bench.lock
 
 clean: ## remove .venv and caches (not .hookd, which holds data)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -57,6 +57,7 @@ SCRIPTS = (
     Script("latency", "--idle 200 --seconds 6", "--idle 20 --seconds 1 --loads 25,75", 150),
     Script("cost", "--deliveries 30000", "--deliveries 1000", 120),
     Script("profile", "--deliveries 100000", "--deliveries 30000", 90),
+    Script("guard", "--rounds 7", "--rounds 2 --deliveries 1000", 60),
     Script("producer", "--seconds 2", "--seconds 1 --committers 1,16", 180),
     Script("peers", "--deliveries 15000 --seconds 6", "--deliveries 2000 --seconds 3 --only PgQueuer", 180),
     Script("horizon", "--deliveries 500000", "--deliveries 10000", 200),

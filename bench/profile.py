@@ -14,7 +14,8 @@ another.
 Collections of garbage are seen by their C functions' names; a Python without symbols counts them where they were set off.
 A share of p has a standard error of sqrt(p (1 - p) / samples), which is printed.
 
-py-spy comes with the extra ``bench``.  The daemon lets any process of the same user trace it, so this needs no root.
+py-spy comes with the extra ``bench``.  This daemon lets any process of the same user trace it (``security.core_dumps``), so
+this needs no root.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ COLLECTOR = re.compile(
 PARTS = (
     ("feed", re.compile(r"hookd/(feed|core/reads)\.py")),
     ("lanes, limits, breaker", re.compile(r"hookd/(core/(lanes|limits|breaker)|pacing)\.py")),
-    ("compose and sign", re.compile(r"hookd/core/(composer|bodies|signing|request|headers)\.py")),
+    ("signing", re.compile(r"hookd/core/signing\.py")),
+    ("compose", re.compile(r"hookd/core/(composer|bodies|request|headers)\.py")),
+    ("guard and resolver", re.compile(r"hookd/(core/(addresses|urls)|net/(resolver|vetting))\.py|aiodns|pycares")),
     ("exchange, ours", re.compile(r"hookd/net/")),
     ("exchange, aiohttp's parser", re.compile(r"_http_parser|llhttp|\b(api|http)\.c\b|aiohttp/(http_parser|http_exceptions)\.py")),
     ("exchange, aiohttp's protocol and streams", re.compile(r"aiohttp/|_http_writer|reader_c|multidict|yarl|frozenlist|propcache")),
@@ -59,7 +62,7 @@ PARTS = (
     ("recorder", re.compile(r"hookd/recorder\.py")),
     ("PostgreSQL client", re.compile(r"hookd/postgres/|asyncpg|\b(protocol|pgproto|record|recordobj)\.c\b")),
     ("event loop", re.compile(r"uvloop|asyncio/|_asynciomodule|\b(loop|core|linux|epoll|stream|loop-watcher|uv-common|handle-inl|timer)\.c\b|libuv")),
-    (REST, re.compile(r"hookd/|structlog|prometheus_client|aiodns|pycares")),
+    (REST, re.compile(r"hookd/|structlog|prometheus_client")),
 )  # fmt: skip
 
 ORDER = (*(name for name, _ in PARTS[:-1]), "system calls", "garbage collector", REST)
@@ -134,6 +137,7 @@ async def measured(stage: Stage, given: argparse.Namespace, program: str) -> dic
     daemon = stage.daemon(
         HOOKD_DELIVERY__MAX_IN_FLIGHT=str(given.concurrency),
         HOOKD_LIMITS__CONCURRENCY=str(max(2, 2 * given.concurrency // given.hosts)),
+        HOOKD_SECURITY__CORE_DUMPS="true",
     )
     arrivals = Arrivals(stage)
     fifth = given.deliveries // 5

@@ -192,6 +192,17 @@ def _profile(f: Figures) -> list[str]:
     return _table("Where the daemon's CPU goes, µs a delivery", ["part", "µs", "share", "most of it"], rows)
 
 
+def _guard(f: Figures) -> list[str]:
+    rows = [
+        [f"{name}, {kind} connection", f"{v['us']:.1f}", f"{v['costs_us']:.2f} ± {v['error_us']:.2f}" if "costs_us" in v else ""]
+        for kind, variants in f["kinds"].items() for name, v in variants.items()
+    ]  # fmt: skip
+    rows += [[f"{name}, alone", f"{us:.2f}", ""] for name, us in f["alone"].items()]
+    return _table(
+        "What guard, resolver and signing cost, µs of CPU a delivery", ["", "µs", "so it costs"], rows
+    )
+
+
 SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
     "throughput": _throughput,
     "matrix": _throughput,
@@ -200,6 +211,7 @@ SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
     "producer": _producer,
     "peers": _peers,
     "profile": _profile,
+    "guard": _guard,
 }
 
 

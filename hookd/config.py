@@ -14,7 +14,9 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 TOKEN_LEAST = 16
+
+ASK_AGAIN_SHARE = 0.2
+"""Of ``retry.disable_after``: a verified endpoint that has failed for so long is asked again (a day, of five)."""
 
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"B": 1, "KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -110,6 +115,7 @@ class SecurityConfig(msgspec.Struct, frozen=True):
     master_key_file: str = ""
     require_verification: bool = False
     unverified: Literal["wait", "skip"] = "wait"
+    core_dumps: bool = False
 
 
 class AdminConfig(msgspec.Struct, frozen=True):
@@ -149,7 +155,17 @@ class Config(msgspec.Struct, frozen=True):
 
     def retry_policy(self) -> RetryPolicy:
         """The retry schedule as the core knows it."""
-        return RetryPolicy(tuple(self.retry.schedule), self.retry.jitter, self.retry.disable_after)
+        retry, ask_again_after_s = self.retry, self.ask_again_after_s()
+        return RetryPolicy(
+            tuple(retry.schedule),
+            retry.jitter,
+            retry.disable_after,
+            inf if ask_again_after_s is None else ask_again_after_s,
+        )
+
+    def ask_again_after_s(self) -> float | None:
+        """After how long of nothing but failures a verified endpoint is asked again; None: verification is not required."""
+        return self.retry.disable_after * ASK_AGAIN_SHARE if self.security.require_verification else None
 
     def default_limits(self) -> HostLimits:
         """What every host may be sent that is not named."""
@@ -265,7 +281,7 @@ class _Reader:
         self.mistakes: list[Mistake] = []
         self.sources: dict[str, str] = {}
         self._values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-        self._lines = dict(_lines(text))
+        self._lines = dict(lines_of(text))
 
     def refuse(self, path: str, message: str) -> None:
         where = self.sources.get(path) or self._where(path)
@@ -274,7 +290,7 @@ class _Reader:
     def read(self, document: dict[str, Any]) -> None:
         for section, values in document.items():
             if section not in SECTIONS:
-                self.refuse(section, "there is no such section" + _nearest(section, SECTIONS))
+                self.refuse(section, "there is no such section" + nearest(section, SECTIONS))
             elif not isinstance(values, dict):
                 self.refuse(section, f"is a section; write [{section}] above its keys")
             else:
@@ -287,7 +303,7 @@ class _Reader:
                 continue
             section, _, key = name.removeprefix("HOOKD_").lower().partition("__")
             if section not in SECTIONS:
-                self.mistakes.append(Mistake("", f"there is no section {section!r}" + _nearest(section, SECTIONS), f"${name}"))  # fmt: skip
+                self.mistakes.append(Mistake("", f"there is no section {section!r}" + nearest(section, SECTIONS), f"${name}"))  # fmt: skip
                 continue
             wanted = get_type_hints(SECTIONS[section]).get(key)
             value: Any = text
@@ -307,15 +323,15 @@ class _Reader:
         path = f"{section}.{key}"
         kinds = get_type_hints(SECTIONS[section], include_extras=True)
         if key not in kinds:
-            self.mistakes.append(Mistake(path, "there is no such key" + _nearest(key, kinds, section), where))
+            self.mistakes.append(Mistake(path, "there is no such key" + nearest(key, kinds, section), where))
             return
         if path == "limits.hosts":
             self._take_hosts(value, where)
             return
         try:
-            self._values[section][key] = _converted(value, kinds[key])
+            self._values[section][key] = converted(value, kinds[key])
         except (msgspec.ValidationError, ValueError) as error:
-            self.mistakes.append(Mistake(path, _plainly(str(error)), where))
+            self.mistakes.append(Mistake(path, plainly(str(error)), where))
             return
         self.sources[path] = where
 
@@ -333,12 +349,12 @@ class _Reader:
             taken = {}
             for key, given in limits.items():
                 if key not in kinds:
-                    self.refuse(f"{path}.{key}", "there is no such key" + _nearest(key, kinds))
+                    self.refuse(f"{path}.{key}", "there is no such key" + nearest(key, kinds))
                     continue
                 try:
-                    taken[key] = _converted(given, kinds[key])
+                    taken[key] = converted(given, kinds[key])
                 except msgspec.ValidationError as error:
-                    self.refuse(f"{path}.{key}", _plainly(str(error)))
+                    self.refuse(f"{path}.{key}", plainly(str(error)))
             hosts[host.lower()] = HostConfig(**taken)
             self.sources[path] = self._where(path)
         self._values["limits"]["hosts"] = hosts
@@ -348,21 +364,36 @@ class _Reader:
         return f"{self.file}:{line}" if line else self.file
 
 
-def _lines(text: str) -> Iterator[tuple[str, int]]:
-    """Where each key stands, as far as a look at the lines tells."""
-    table = ""
+def lines_of(text: str) -> Iterator[tuple[str, int]]:
+    """Where each key of a TOML text stands, as far as a look at its lines tells; ``changes[0].date`` in arrays of tables."""
+    table, counted = "", Counter[str]()
+    within = ""
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        if within:
+            # a text of several lines may look like anything
+            within = "" if within in line else within
+            continue
+        header = re.match(r"\s*(\[?)\[([^\[\]]+)\]", line)
         if header:
-            table = header[1].strip()
+            table = header[2].strip()
+            if header[1]:
+                counted[table] += 1
+                table = f"{table}[{counted[table] - 1}]"
             yield table, number
             continue
         key = re.match(r'\s*"?([\w\-]+)"?\s*=', line)
         if key:
             yield (f"{table}.{key[1]}" if table else key[1]), number
+            within = next((q for q in ('"""', "'''") if line.count(q) == 1), "")
 
 
-def _converted(value: Any, kind: Any) -> Any:
+def converted(value: Any, kind: Any) -> Any:
+    """
+    A value of TOML as its type asks for it.
+
+    Raises:
+        ValueError: it is of another type, or out of range.
+    """
     for meta in get_args(kind)[1:]:
         unit = (getattr(meta, "extra", None) or {}).get("unit")
         if unit == "duration":
@@ -373,7 +404,7 @@ def _converted(value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal and value not in inner:
         raise ValueError(f"{value!r} is not one of {', '.join(inner)}")
     if inner and getattr(kind, "__origin__", None) is list and isinstance(value, list):
-        return [_converted(item, inner[0]) for item in value]
+        return [converted(item, inner[0]) for item in value]
     return msgspec.convert(value, kind)
 
 
@@ -432,7 +463,8 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _plainly(message: str) -> str:
+def plainly(message: str) -> str:
+    """What msgspec says of a wrong type, in words."""
     names = {"`str`": "text", "`int`": "a whole number", "`float`": "a number", "`bool`": "true or false",
              "`array`": "a list", "`object`": "a section", "`null`": "nothing"}  # fmt: skip
     for name, plain in names.items():
@@ -442,7 +474,8 @@ def _plainly(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _nearest(name: str, known: Mapping[str, Any], section: str = "") -> str:
+def nearest(name: str, known: Mapping[str, Any], section: str = "") -> str:
+    """The key that may have been meant, or which there are; the end of a sentence."""
     close = difflib.get_close_matches(name, known, 1)
     if close:
         return f"; did you mean {section + '.' if section else ''}{close[0]}?"
@@ -475,7 +508,11 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
-        if not name or os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+        if not name:
+            continue
+        if os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
+            if path == "network.ca_file":
+                yield from _bad_bundle(name)
             continue
         if path == "network.ca_file":
             yield path, f"there is no file {name}"
@@ -483,6 +520,17 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
             # not repeated: it may be the secret itself, written where its file's name belongs
             hint = "; `hookd secrets new-key FILE` makes one" if path == "security.master_key_file" else ""
             yield path, f"there is no such file; write the path of a file that holds the secret{hint}"
+
+
+def _bad_bundle(name: str) -> Iterator[tuple[str, str]]:
+    import ssl  # noqa: PLC0415 - for few
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(name)
+    except ssl.SSLError:
+        yield "network.ca_file", f"{name} has no certificates; a bundle of authorities in PEM is expected"
+    except OSError as error:
+        yield "network.ca_file", f"{name} cannot be read: {error.strerror}"
 
 
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
@@ -507,11 +555,18 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
                 f'{text!r} is no NAT64 prefix; write an IPv6 network such as "64:ff9b::/96", its length one of {lengths}',
             )
     for text in network.nameservers:
+        match = NAME_SERVER.fullmatch(text)
         try:
-            ipaddress.ip_address(text)
+            ipaddress.ip_address(match["bracketed"] or match["address"] if match else text)
         except ValueError:
-            yield "network.nameservers", f"{text!r} is no IP address"
+            yield (
+                "network.nameservers",
+                f'{text!r} is no IP address; write one, or with a port "192.0.2.1:5353" or "[2001:db8::1]:5353"',
+            )
     yield from _bad_proxy(network)
+
+
+NAME_SERVER = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<address>[^:\[\]]+)):\d{1,5}")
 
 
 def _bad_proxy(network: NetworkConfig) -> Iterator[tuple[str, str]]:

@@ -35,20 +35,21 @@ from hookd.core.shares import Plan, plan
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
 from hookd.keyfile import KeyFileProblem, read_keyring
-from hookd.logs import Throttle
+from hookd.logs import Outage, Throttle
 from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
 from hookd.net.tunnel import ByProxy
 from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
 from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
-from hookd.postgres.queue import Queue
+from hookd.postgres.queue import ECHO, Queue
 from hookd.recorder import Recorder
+from hookd.systemd import notify
 from hookd.upkeep import Retention, keep_up, measure, publish
-from hookd.verification import ask
+from hookd.verification import ask, question
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from uuid import UUID
 
     from hookd.clock import Clock, Dice
@@ -68,7 +69,30 @@ LOOK_ALONE_S = 0.5
 OWN_ADDRESSES_EVERY_S = 60.0
 
 RECONNECT_FIRST_S = 0.1
-RECONNECT_MOST_S = 5.0
+RECONNECT_MOST_S = 2.0
+
+STEADY_S = 3.0
+"""A session that lasts for so long ends an outage; what is lost again before that is the same one."""
+
+STUCK_READ_S = 5.0
+"""From when a read of the queue is called stuck: the longest, recovering a million rows, takes less than a second."""
+
+STALLED_S = 2.0
+"""From when nothing starting is worth a line, and the daemon is not ready."""
+
+CLOCK_STEP_S = 1.0
+"""From when a step of the wall clock is worth a line; one that is slewed moves less between two looks."""
+
+WRITE_S = 5.0
+"""On SIGTERM, for writing the last results, where the grace is over."""
+
+WRITE_AT_ONCE_S = 0.5
+"""The same after a second signal."""
+
+ECHO_EVERY_S = 5.0
+
+ECHO_S = 3.0
+"""How long a notification to oneself may take."""
 
 READ_AHEAD = 4
 """Deliveries in memory for each that may be in flight."""
@@ -90,6 +114,10 @@ SAY_AGAIN_S = 60.0
 """How often a fault that goes on is logged."""
 
 
+FAULT_S = 5.0
+"""For so long after it was met a fault of ours is shown: what it holds is tried again every second or two."""
+
+
 @dataclass(slots=True)
 class Tenure:
     """The parts that live as long as one session."""
@@ -108,12 +136,15 @@ class Daemon:
         config: Config,
         database: Database,
         reload: Callable[[], Config | None],
+        connections_most: int | None = None,
         clock: Clock | None = None,
         dice: Dice | None = None,
     ) -> None:
         """
         ``reload`` reads the configuration again; None when it is bad, which it has said already.  Without ``clock`` and
         ``dice`` they are the system's.
+
+        ``connections_most`` to receivers are open at once, idle ones too; None: as many as there are.
 
         Raises:
             KeyFileProblem: security.master_key_file cannot be used.
@@ -128,22 +159,29 @@ class Daemon:
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
         self.tenure: Tenure | None = None
+        self.prepared = False
         self.ready = asyncio.Event()
         self.reload_ok = True
         self.depth: dict[str, float] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._over = False
-        self._database_lost = False
+        self._outage = Outage(self._clock.mono)
+        self._stall = ""
+        self._stalled_mono = 0.0
+        self._wall_offset = self._clock.wall() - self._clock.mono()
+        self._stall_said = self._deaf = False
         self._thin_key = b""
+        self._faults: dict[str, float] = {}
+        """Those of ours, and when they were met last."""
         self._said_mono: dict[str, float] = {}
         """When a fault of ours was last spoken of; the faults are few."""
         self._unreadable_said: set[str] = set()
         self._telling: asyncio.Task[None] | None = None
+        self._noting: set[asyncio.Task[None]] = set()
         self.rules = self._address_rules()
-        self.lanes = Lanes(
-            config.default_limits(), config.host_limits(), max_in_flight=config.delivery.max_in_flight
-        )
+        self._connections_most = connections_most
+        self.lanes = Lanes(config.default_limits(), config.host_limits(), max_in_flight=self._at_once())
         self.resolver, self.exchange = self._network()
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
         self.dispatcher = Dispatcher(
@@ -151,16 +189,18 @@ class Daemon:
             self.exchange,
             self.recorder,
             lambda endpoint: Composer(endpoint, self.wire()),
+            lambda endpoint, now: question(endpoint, self.wire(), now),
             config.retry_policy(),
             self._clock,
             self._dice,
-            max_in_flight=config.delivery.max_in_flight,
+            max_in_flight=self._at_once(),
             vouched=self._vouched,
             room=self._room,
             report=self._reported,
             fault=self._faulty,
             ours=self._held_back,
             dropped=self._dropped,
+            verified=self._verified,
         )
 
     def _network(self) -> tuple[Resolver | ByProxy, HttpExchange]:
@@ -178,27 +218,41 @@ class Daemon:
             mono=self._clock.mono,
             context=tls_context(config.network.ca_file),
             proxy=config.egress_proxy(),
+            connections_most=self._connections_most,
         )
         return resolver, exchange
 
     # Life.
 
-    async def run(self) -> int:
-        """Deliver until told to stop; returns the exit status."""
+    async def run(self, prepare: Callable[[], Coroutine[Any, Any, None]]) -> int:
+        """
+        Deliver until told to stop; returns the exit status.
+
+        ``prepare`` is waited for first: it reaches the database and sees to its schema.  What it raises is raised.
+        """
         self._take_process()
-        tenures = asyncio.create_task(self._tenures())
         stop = asyncio.create_task(self._stop.wait())
-        rules = asyncio.create_task(self._keep_rules())
+        tasks: list[asyncio.Task[Any]] = [stop]
         try:
+            preparing = asyncio.create_task(prepare())
+            tasks.append(preparing)
+            await asyncio.wait({preparing, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not preparing.done():
+                return 0
+            preparing.result()
+            self.prepared = True
+            self._settle_heap()
+            tenures = asyncio.create_task(self._tenures())
+            tasks += [tenures, asyncio.create_task(self._keep_rules())]
             await asyncio.wait({tenures, stop}, return_when=asyncio.FIRST_COMPLETED)
             if tenures.done():
                 tenures.result()
             return await self._wind_down()
         finally:
             self._over = True
-            for task in (tenures, stop, rules):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(tenures, stop, rules, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.exchange.close()
 
     def stop(self) -> None:
@@ -207,15 +261,18 @@ class Daemon:
             self._stop_now.set()
         self._stop.set()
 
+    @staticmethod
+    def _settle_heap() -> None:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+
     def _take_process(self) -> None:
-        """What there is one of in a process: its signals and its garbage collector."""
+        """Signals come to the process, and here."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self.apply)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -224,81 +281,93 @@ class Daemon:
             log.warning("stopping at once", signal=name, in_flight=in_flight)
         else:
             log.info("draining", signal=name, in_flight=in_flight, grace_s=self.config.delivery.drain)
+            notify("STOPPING=1\nSTATUS=draining")
         self.stop()
 
     async def _wind_down(self) -> int:
         if self.tenure is not None:
             self.tenure.feed.stop()
-        drain = asyncio.create_task(self.dispatcher.drain(self.config.delivery.drain))
+        until = self._clock.mono() + self.config.delivery.drain
         at_once = asyncio.create_task(self._stop_now.wait())
+        drain = asyncio.create_task(self.dispatcher.drain(self.config.delivery.drain))
         await asyncio.wait({drain, at_once}, return_when=asyncio.FIRST_COMPLETED)
-        at_once.cancel()
         if not drain.done():
             drain.cancel()
         cut_off = drain.result() if drain.done() else await self.dispatcher.drain(0)
-        unwritten = await self._write_the_rest()
-        log.info("stopped", cut_off=cut_off, unwritten=unwritten)
+        rest = asyncio.create_task(self._write_the_rest())
+        if not at_once.done():
+            left = max(WRITE_S, until - self._clock.mono())
+            await asyncio.wait({rest, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if at_once.done():
+            # what the database takes at once is written even so: it would be sent again
+            await asyncio.wait({rest}, timeout=WRITE_AT_ONCE_S)
+        for task in (rest, at_once):
+            task.cancel()
+        unwritten = len(self.recorder.unwritten())
+        say = log.warning if unwritten or cut_off else log.info
+        say("stopped", cut_off=cut_off, unwritten=unwritten, may_be_sent_again=cut_off + unwritten)
         return 0 if unwritten == 0 else 1
 
-    async def _write_the_rest(self) -> int:
-        """Wait for the recorder, for as long as the grace; returns how many results could not be written."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.delivery.drain):
-                await self.recorder.empty()
+    async def _write_the_rest(self) -> None:
+        await self.recorder.empty()
         if self.tenure is not None:
             with contextlib.suppress(DatabaseUnavailable):
                 await self.tenure.maintenance.withdraw(self.node)
-        return len(self.recorder.unwritten())
 
     # Tenures.
 
     async def _tenures(self) -> None:
         delay = RECONNECT_FIRST_S
         while True:
+            begun = self._clock.mono()
+            problem, fault, refused = "", None, False
             try:
                 await self._tenure()
-            except* (DatabaseUnavailable, DatabaseRefused) as group:
-                delay = RECONNECT_FIRST_S if self.ready.is_set() else min(RECONNECT_MOST_S, delay * 2)
-                self.ready.clear()
-                if not self._database_lost:
-                    self._database_lost = True
-                    log.error("database lost; trying again until it is back", problem=_first(group))
-            except* Exception as group:
-                delay = RECONNECT_MOST_S
-                self.ready.clear()
-                log.error("internal error; the session starts over", exc_info=group)
+            except* DatabaseUnavailable as group:
+                problem = _first(group)
+            except* DatabaseRefused as group:
+                problem, refused = _first(group), True
+            except* Exception as group:  # noqa: BLE001 - it is said, and the next session begins anew
+                problem, fault = _first(group), group
+            self.ready.clear()
+            self._stall = ""
+            self._stall_said = False
+            self._say_lost(problem, fault, refused=refused)
             self.dispatcher.forget_all()
             if self._over:
                 return  # a task group that fails in the moment in which it is cancelled raises the failure alone
+            lasted = self._clock.mono() - begun
+            delay = RECONNECT_FIRST_S if lasted > STEADY_S else min(RECONNECT_MOST_S, delay * 2)
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
 
     async def _tenure(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            owner = OwnerSession(await self._database.connect("owner"), self._clock)
+            owner = OwnerSession(await self._database.connect("owner", lasting=True), self._clock)
             stack.push_async_callback(owner.close)
+            await owner.check_schema()
             await owner.prepare()
-            queue = Queue(await self._database.connect("feed"), lambda: self.keyring)
+            queue = Queue(
+                await self._database.connect("feed", lasting=True), lambda: self.keyring, self._clock.mono
+            )
             stack.push_async_callback(queue.close)
-            maintenance = Maintenance(await self._database.connect("upkeep"))
+            maintenance = Maintenance(await self._database.connect("upkeep", lasting=True))
             stack.push_async_callback(maintenance.close)
+            await maintenance.prepare()
             await owner.join()
             await owner.acquire(plan(await owner.look(), (), (), tuple).take)
-            await self.recorder.run(owner, None, until_empty=True)
+            await self._write_kept(owner)
             feed = Feed(
                 queue,
                 owner,
                 self.dispatcher,
                 self._clock,
                 window=READ_AHEAD * self.config.delivery.max_in_flight,
-                known=[d.id for d in self.dispatcher.in_flight()],
+                known=self.dispatcher.taken(),
             )
             await queue.prepare(feed.notified)
             await maintenance.set(self._settings())
             self._thin_key = await maintenance.thin_key()
             self.tenure = Tenure(owner, queue, feed, maintenance)
-            if self._database_lost:
-                self._database_lost = False
-                log.info("database is back", shards=len(owner.shards))
             feed.own(owner.shards)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -308,6 +377,7 @@ class Daemon:
                     group.create_task(self._vouch(owner))
                     group.create_task(self._watch(owner.lost, queue.lost))
                     group.create_task(self._announce(owner, feed))
+                    group.create_task(self._listen_to_itself(queue, maintenance))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
                     group.create_task(measure(maintenance, self._measured))
                     group.create_task(
@@ -315,6 +385,17 @@ class Daemon:
                     )
             finally:
                 self.tenure = None
+
+    async def _write_kept(self, owner: OwnerSession) -> None:
+        """Write what came while there was no session, before anything is read."""
+        before = self.recorder.dropped
+        await self.recorder.run(owner, None, until_empty=True)
+        dropped = self.recorder.dropped - before
+        if dropped:
+            log.warning(
+                "results not written: another daemon owns their shards now, and may send them again",
+                count=dropped,
+            )
 
     async def _keep_share(self, owner: OwnerSession, feed: Feed) -> None:
         """Divide the shards with the other daemons: leave what is too much, take what is missing."""
@@ -359,6 +440,8 @@ class Daemon:
         while True:
             await asyncio.sleep(LOOK_S)
             await owner.probe()
+            self._look_for_stalls()
+            self._look_at_the_clock()
             self._say_unreadable()
             held_back = self._throttle.taken()
             if held_back:
@@ -380,6 +463,42 @@ class Daemon:
         else:
             await feed.recovered.wait()
         self.ready.set()
+        notify("STATUS=delivering")
+        if self._outage.problem:
+            await asyncio.sleep(STEADY_S)
+            log.info("database is back", shards=len(owner.shards), **self._outage.over())
+
+    async def _listen_to_itself(self, queue: Queue, maintenance: Maintenance) -> None:
+        """
+        Notify itself now and then: a session that listens and hears nothing looks as one that has nothing to hear.
+
+        What such a session costs is the second until the next read.  A new one is tried, once.
+        """
+        number = 0
+        while True:
+            number += 1
+            if await self._hears(queue, maintenance, f"{self.node} {number}"):
+                if self._deaf:
+                    self._deaf = False
+                    log.info("notifications arrive again")
+            elif not self._deaf:
+                self._deaf = True
+                log.warning(
+                    "notifications do not arrive: the queue is read once a second, and a new session is tried"
+                )
+                raise DatabaseUnavailable("notifications do not arrive")
+            await asyncio.sleep(ECHO_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
+
+    async def _hears(self, queue: Queue, maintenance: Maintenance, text: str) -> bool:
+        await maintenance.echo(ECHO + text)
+        until = self._clock.mono() + ECHO_S
+        while queue.heard != text:
+            if queue.waited_s() > 1.0:
+                return True  # it cannot hear while a read takes long: not now
+            if self._clock.mono() > until:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
 
     # Configuration.
 
@@ -409,10 +528,10 @@ class Daemon:
         self.lanes.reconfigure(
             config.default_limits(),
             config.host_limits(),
-            max_in_flight=config.delivery.max_in_flight,
+            max_in_flight=self._at_once(),
             now=self._clock.mono(),
         )
-        self.dispatcher.renew(config.retry_policy(), config.delivery.max_in_flight)
+        self.dispatcher.renew(config.retry_policy(), self._at_once())
         log.info("configuration applied")
 
     async def _tell_settings(self, maintenance: Maintenance) -> None:
@@ -448,6 +567,11 @@ class Daemon:
         while True:
             await asyncio.sleep(OWN_ADDRESSES_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
             self._renew_rules()
+
+    def _at_once(self) -> int:
+        """Exchanges at once: as configured, or as many as there may be connections."""
+        wanted = self.config.delivery.max_in_flight
+        return wanted if self._connections_most is None else min(wanted, self._connections_most)
 
     def _options(self) -> ExchangeOptions:
         delivery = self.config.delivery
@@ -490,9 +614,14 @@ class Daemon:
         """Endpoints whose secrets cannot be read, and why: their deliveries wait."""
         return self.tenure.queue.unreadable if self.tenure is not None else {}
 
+    def faults(self) -> list[str]:
+        """Why deliveries are held that no receiver is to blame for, as of the last seconds."""
+        since = self._clock.mono() - FAULT_S
+        return [problem for problem, at in self._faults.items() if at > since]
+
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
-        known = ("ready", "rate", "concurrency", "hold", "breaker", "endpoint", "share", "idle")
+        known = ("ready", "rate", "concurrency", "hold", "machine", "breaker", "endpoint", "share", "idle")
         return dict.fromkeys(known, 0) | self.lanes.states(self._clock.mono())
 
     def statements(self) -> dict[str, int]:
@@ -512,7 +641,9 @@ class Daemon:
                 "in_flight_ids": [d.id for d in in_flight] if len(in_flight) <= IDS_SHOWN else None,
                 "waiting": self.lanes.total_waiting,
                 "unwritten": len(self.recorder.unwritten()),
+                "unsettled_since": self.dispatcher.unsettled_since(self._clock.wall()),
                 "stalled": self.dispatcher.stalled(),
+                "faults": self.faults(),
                 "unreadable": {str(i): why for i, why in islice(self.unreadable().items(), UNREADABLE_SHOWN)},
                 "verdicts": self.dispatcher.counts.verdicts,
                 "at": self._clock.wall(),
@@ -520,6 +651,68 @@ class Daemon:
         ).decode()
 
     # What the parts report.
+
+    def trouble(self) -> str:
+        """Why nothing is delivered, in words that tell nobody anything about the database; empty if nothing is wrong."""
+        if self._stop.is_set():
+            return "it is draining"
+        if not self.prepared:
+            return "it waits for the database, or for its schema"
+        if self.tenure is None:
+            return "the database is away"
+        if not self.ready.is_set():
+            return "shards are being recovered"
+        lasts_s = self._clock.mono() - self._stalled_mono
+        return self._stall if self._stall and lasts_s >= STALLED_S else ""
+
+    def _stalled(self) -> str:
+        tenure = self.tenure
+        if tenure is None:
+            return ""
+        if tenure.owner.silent_s(self._clock.mono()):
+            return "PostgreSQL does not answer: it hangs, or somebody has locked a table of hookd's"
+        if tenure.queue.waited_s() > STUCK_READ_S:
+            return "the queue cannot be read: PostgreSQL is slow, or somebody has locked a table of hookd's"
+        if self.recorder.backed_up():
+            return "results come faster than PostgreSQL takes them"
+        return ""
+
+    def _look_for_stalls(self) -> None:
+        now = self._clock.mono()
+        stall = self._stalled()
+        if stall and not self._stall:
+            self._stalled_mono = now
+        lasted_s = now - self._stalled_mono
+        self._stall = stall
+        if stall and lasted_s >= STALLED_S and not self._stall_said:
+            self._stall_said = True
+            log.warning("nothing starts until it is over", problem=stall)
+        elif not stall and self._stall_said:
+            self._stall_said = False
+            log.info("deliveries go on", after_s=round(lasted_s, 1))
+
+    def _look_at_the_clock(self) -> None:
+        """Nothing here depends on it but what others read: the times of signatures and attempts."""
+        offset = self._clock.wall() - self._clock.mono()
+        moved = offset - self._wall_offset
+        self._wall_offset = offset
+        if abs(moved) > CLOCK_STEP_S:
+            log.warning("the clock of this machine was set", by_s=round(moved, 1))
+
+    def _say_lost(self, problem: str, fault: BaseException | None, *, refused: bool) -> None:
+        again = self._outage.began(problem, refused=refused)
+        if again is None:
+            return
+        notify(f"STATUS=database lost: {problem}")
+        about: dict[str, Any] = {"problem": problem, "unwritten": len(self.recorder.unwritten())}
+        if fault is not None:
+            log.error("internal error; the session starts over", exc_info=fault, **about)
+        elif refused:
+            log.error("database cannot be used like this; trying again until it can", **about)
+        elif again:
+            log.error("database is still away", **self._outage.lasts(), **about)
+        else:
+            log.error("database lost; trying again until it is back", **about)
 
     def _say_unreadable(self) -> None:
         """One line a reason: with one key gone it is the same for all endpoints."""
@@ -566,12 +759,25 @@ class Daemon:
                 about["retry_in_s"] = round(verdict.delay_s, 1)
             log.info("attempt failed", verdict=kind.value, reason=verdict.reason, **about)
 
+    def _verified(self, endpoint: Endpoint) -> None:
+        log.info("endpoint answered its challenge after failing for long", endpoint_id=str(endpoint.id), host=endpoint.host)  # fmt: skip
+        if self.tenure is not None:
+            noting = asyncio.create_task(self._note_verified(self.tenure.maintenance, endpoint))
+            self._noting.add(noting)
+            noting.add_done_callback(self._noting.discard)
+
+    @staticmethod
+    async def _note_verified(maintenance: Maintenance, endpoint: Endpoint) -> None:
+        with contextlib.suppress(DatabaseUnavailable):  # then it is asked once more
+            await maintenance.note_verified(endpoint.id, endpoint.url)
+
     @staticmethod
     def _faulty(delivery: Delivery, error: Exception) -> None:
         log.error("internal error in an exchange; it is tried again", delivery_id=delivery.id, exc_info=error)
 
     def _held_back(self, problem: str) -> None:
         now = self._clock.mono()
+        self._faults[problem] = now
         if now - self._said_mono.get(problem, -SAY_AGAIN_S) >= SAY_AGAIN_S:
             self._said_mono[problem] = now
             log.warning("deliveries are held, and use up no attempt", problem=problem)

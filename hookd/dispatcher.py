@@ -8,8 +8,10 @@ a freed slot is used at once.
 A delivery that the dispatcher knows is in exactly one place: waiting in its lane, in flight, held (the fault was ours,
 it is tried again in a moment), or handed to the recorder.
 
-Nothing starts unless the owner session vouches for its locks, and the recorder can take what will come of it
-(``may_start``).
+Nothing starts unless the owner session vouches for its locks, and the recorder can take what will come of it.
+
+A verified endpoint that has failed for long is asked again: its next attempt is a challenge (``core.challenge``), and not
+before that is answered does the delivery go.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from hookd.core.challenge import doubted, unanswered
 from hookd.core.histogram import Histogram
 from hookd.core.model import (
     HEALTHY,
@@ -36,13 +39,14 @@ from hookd.core.model import (
     Verdict,
     VerdictKind,
 )
-from hookd.core.verdict import ending, judge
+from hookd.core.verdict import WANTED, ending, judge
 from hookd.pacing import WAIT_MOST_S, Pacer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from hookd.clock import Clock, Dice
+    from hookd.core.challenge import Question
     from hookd.core.lanes import Lanes
     from hookd.core.request import Request
     from hookd.recorder import Recorder
@@ -130,6 +134,7 @@ class Dispatcher:
         exchange: Exchange,
         recorder: Recorder,
         compose: Callable[[Endpoint], Preparer],
+        question: Callable[[Endpoint, float], Question],
         policy: RetryPolicy,
         clock: Clock,
         dice: Dice,
@@ -141,16 +146,21 @@ class Dispatcher:
         fault: Callable[[Delivery, Exception], None],
         ours: Callable[[str], None],
         dropped: Callable[[Delivery], None],
+        verified: Callable[[Endpoint], None],
     ) -> None:
         """
+        ``question``: a challenge for an endpoint, as of a wall time.
+
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
-        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for; ``dropped``: it was let go of without a result,
-        because nothing is known of its endpoint any more.
+        ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for;
+        ``dropped``: it was let go of without a result, because nothing is known of its endpoint any more;
+        ``verified``: an endpoint has answered its challenge.
         """
         self._lanes = lanes
         self._exchange = exchange
         self._recorder = recorder
         self._compose = compose
+        self._question = question
         self.policy = policy
         self._clock = clock
         self._dice = dice
@@ -161,9 +171,11 @@ class Dispatcher:
         self._fault = fault
         self._ours = ours
         self._dropped = dropped
+        self._verified = verified
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
-        self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt]] = {}
+        self._in_flight: dict[DeliveryId, tuple[Delivery, Attempt, float]] = {}
+        """With the time of their start, in the order of it."""
         self._held: dict[DeliveryId, tuple[Delivery, asyncio.TimerHandle]] = {}
         self._loop = asyncio.get_running_loop()
         self._turn_asked = False
@@ -237,7 +249,7 @@ class Dispatcher:
 
     def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]:
         """Deliveries of these endpoints that are in flight, held, or not written yet."""
-        known = [d for d, _ in self._in_flight.values()] + [d for d, _ in self._held.values()]
+        known = [d for d, _, _ in self._in_flight.values()] + [d for d, _ in self._held.values()]
         return [d.id for d in known + self._recorder.unwritten() if d.endpoint in keys]
 
     def total_waiting(self) -> int:
@@ -262,7 +274,16 @@ class Dispatcher:
 
     def in_flight(self) -> list[Delivery]:
         """Deliveries whose exchange is under way."""
-        return [delivery for delivery, _ in self._in_flight.values()]
+        return [delivery for delivery, _, _ in self._in_flight.values()]
+
+    def unsettled_since(self, wall: float) -> float:
+        """When the oldest attempt began that is not committed; ``wall``, now, where there is none."""
+        first = next((began for _, _, began in self._in_flight.values()), wall)
+        return min(first, self._recorder.unwritten_since(wall))
+
+    def taken(self) -> list[DeliveryId]:
+        """Those that a lost session left here, in flight or held: the next one must not read them again."""
+        return [*self._in_flight, *self._held]
 
     def busy_shards(self) -> Counter[int]:
         """
@@ -270,7 +291,7 @@ class Dispatcher:
 
         While stopping only those in flight or not written: the others are not started any more.
         """
-        busy = Counter(delivery.shard for delivery, _ in self._in_flight.values())
+        busy = Counter(delivery.shard for delivery, _, _ in self._in_flight.values())
         busy.update(delivery.shard for delivery in self._recorder.unwritten())
         if self.stopping:
             return busy
@@ -285,6 +306,9 @@ class Dispatcher:
         """The session is lost: let go of everything that is not in flight."""
         for key in list(self._endpoints):
             self.withdraw(key)
+        for _, timer in self._held.values():
+            timer.cancel()
+        self._held.clear()
         self._endpoints.clear()
         self._preparers.clear()
 
@@ -344,25 +368,49 @@ class Dispatcher:
         preparer = self._preparers.get(endpoint.key)
         if preparer is None:
             preparer = self._preparers[endpoint.key] = self._compose(endpoint)
+        done = partial(self._ended, delivery, wall)
         try:
-            request = preparer.compose(delivery, int(wall))
+            if endpoint.health.failing_since is not None and doubted(endpoint, self.policy, wall):
+                question = self._question(endpoint, wall)
+                request, done = question.request, partial(self._asked, delivery, wall, question)
+            else:
+                request = preparer.compose(delivery, int(wall))
         except ValueError as problem:
             outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
             self._judge(delivery, outcome)
             return False
         turn = Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
         try:
-            attempt = self._exchange.begin(request, turn, partial(self._ended, delivery, wall))
+            attempt = self._exchange.begin(request, turn, done)
         except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
             self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
             return False
-        self._in_flight[delivery.id] = (delivery, attempt)
+        self._in_flight[delivery.id] = (delivery, attempt, wall)
         return True
 
     def _ended(self, delivery: Delivery, wall: float, outcome: Outcome) -> None:
         del self._in_flight[delivery.id]
         outcome.started_at = wall
         self._judge(delivery, outcome)
+        self._go_on()
+
+    def _asked(self, delivery: Delivery, wall: float, question: Question, outcome: Outcome) -> None:
+        """The attempt was a challenge: the endpoint wants to be called, and the delivery goes now, or it has failed."""
+        said = question.judge(outcome)
+        if not said.verified:
+            self._ended(delivery, wall, unanswered(outcome, said))
+            return
+        del self._in_flight[delivery.id]
+        self._lanes.finished(delivery, WANTED, self._clock.mono())
+        endpoint = self._endpoints.get(delivery.endpoint)
+        if endpoint is not None:
+            self._endpoints[endpoint.key] = replace(endpoint, verified_at=wall)
+            self._verified(endpoint)
+        self._hold(delivery, 0.0)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """An exchange has ended."""
         if self.stopping:
             self._landed.set()
         else:
@@ -454,7 +502,7 @@ class Dispatcher:
         except TimeoutError:
             pass
         cut_off = len(self._in_flight)
-        for _, attempt in self._in_flight.values():
+        for _, attempt, _ in self._in_flight.values():
             attempt.cancel()
         self._in_flight.clear()
         for _, timer in self._held.values():

@@ -47,6 +47,50 @@ def configure(config: LogConfig) -> None:
     )
 
 
+AGAIN_S = 60.0
+"""How often an outage that goes on is spoken of."""
+
+
+class Outage:
+    """An outage of the database, from its first loss until a session lasts: said once, however often it is lost meanwhile."""
+
+    def __init__(self, mono: Callable[[], float]) -> None:
+        self._mono = mono
+        self._since = self._said = 0.0
+        self._times = 0
+        self._refusal = ""
+        self.problem = ""
+        """The last one; empty outside an outage."""
+
+    def began(self, problem: str, *, refused: bool = False) -> bool | None:
+        """
+        It was lost, or is still: None if that need not be said, else whether it was said before.
+
+        That it is there and refuses us is said at once: it needs somebody who does something.
+        """
+        now = self._mono()
+        again = bool(self.problem)
+        news = refused and problem != self._refusal
+        self.problem = problem or "unknown"
+        self._refusal = problem if refused else self._refusal
+        if not again:
+            self._since, self._times = now, 0
+        self._times += 1
+        if again and not news and now - self._said < AGAIN_S:
+            return None
+        self._said = now
+        return again
+
+    def lasts(self) -> dict[str, float]:
+        """For how long, and how often a session was lost or not to be had, as a log line has it."""
+        return {"after_s": round(self._mono() - self._since, 1), "times": self._times}
+
+    def over(self) -> dict[str, float]:
+        """It is over; what ``lasts`` said last."""
+        self.problem = self._refusal = ""
+        return self.lasts()
+
+
 class Throttle:
     """Lets ``BURST`` lines a second through and counts the others."""
 

@@ -91,6 +91,8 @@ class Recorder:
         self.batches = 0
         self.statements = 0
         self.settled = 0
+        self.dropped = 0
+        """Results that were not written because their shard has another owner now: it may send them again."""
         self.batch_rows = Histogram(BATCH_BOUNDS)
         self.settle_s = Histogram(SETTLE_BOUNDS_S)
 
@@ -115,6 +117,12 @@ class Recorder:
     def unwritten(self) -> list[Delivery]:
         """The deliveries whose results are not committed yet."""
         return [r.delivery for r in self._results]
+
+    def unwritten_since(self, wall: float) -> float:
+        """When the oldest attempt began whose result is not committed; ``wall`` where there is none."""
+        return min(
+            (r.outcome.started_at if r.outcome else r.written_wall for r in self._results), default=wall
+        )
 
     async def empty(self) -> None:
         """Wait until all is written."""
@@ -157,6 +165,7 @@ class Recorder:
 
     async def _settle(self, batch: Sequence[Result], ledger: Ledger, followers: Followers | None) -> None:
         ours = [r for r in batch if r.delivery.shard in ledger.shards]
+        self.dropped += len(batch) - len(ours)
         begun = self._clock.mono()
         try:
             done = await ledger.settle(ours) if ours else None

@@ -78,6 +78,17 @@ class Telemetry:
             "hookd_statements", "SQL statements of settling and reading", "session", daemon.statements()
         )
         yield _gauge("hookd_unwritten", "Results that are not committed yet", None, len(recorder.unwritten()))
+        yield CounterMetricFamily(
+            "hookd_results_dropped",
+            "Results whose shard had another owner when they could be written; it may send again",
+            recorder.dropped,
+        )
+        yield _gauge(
+            "hookd_ready",
+            "Whether it delivers: 0 while /readyz says why not",
+            None,
+            int(not daemon.trouble()),
+        )
         owned = len(daemon.tenure.owner.shards) if daemon.tenure is not None else 0
         yield _gauge("hookd_shards_owned", "Shards whose locks this daemon holds", None, owned)
 

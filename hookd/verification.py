@@ -1,4 +1,4 @@
-"""Asks a receiver whether it wants to be called: one challenge, sent past the queue and outside of its host's limits."""
+"""Asks a receiver whether it wants to be called: makes the challenge, and sends it past the queue and its host's limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 from hookd.core import challenge as challenges
-from hookd.core.challenge import Verification
+from hookd.core.challenge import Question, Verification
 from hookd.core.request import InvalidRequest
 
 if TYPE_CHECKING:
@@ -24,11 +24,21 @@ class Exchange(Protocol):
         ...
 
 
-async def ask(endpoint: Endpoint, exchange: Exchange, wire: Wire, now: float) -> Verification:
-    """Send an endpoint a challenge that nobody can know beforehand; ``now`` is wall time."""
+def question(endpoint: Endpoint, wire: Wire, now: float) -> Question:
+    """
+    A challenge that nobody can know beforehand; ``now`` is wall time.
+
+    Raises:
+        InvalidRequest: the endpoint cannot be called; says why.
+    """
     challenge = secrets.token_urlsafe(32)
+    return Question(challenges.request(endpoint, wire, challenge, uuid4(), int(now)), challenge)
+
+
+async def ask(endpoint: Endpoint, exchange: Exchange, wire: Wire, now: float) -> Verification:
+    """Send an endpoint a challenge; ``now`` is wall time."""
     try:
-        request = challenges.request(endpoint, wire, challenge, uuid4(), int(now))
+        asked = question(endpoint, wire, now)
     except InvalidRequest as problem:
         return Verification(verified=False, reason=f"the challenge cannot be sent: {problem}")
-    return challenges.judge(await exchange.send(request), request, challenge)
+    return asked.judge(await exchange.send(asked.request))

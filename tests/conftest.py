@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -129,5 +130,6 @@ def start_daemon(dsn: str, tmp_path: Path) -> Iterator[Callable[..., DaemonProce
         return daemon
 
     yield start
-    for daemon in daemons:
-        daemon.kill()
+    with contextlib.ExitStack() as all_of_them:
+        for daemon in daemons:
+            all_of_them.callback(daemon.kill)

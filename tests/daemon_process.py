@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 START_DEADLINE_S = 60.0
@@ -23,18 +25,26 @@ DEFAULTS = {
 }
 
 
+PLANTED: set[str] = set()
+"""What no daemon of this run may ever print: secrets that tests have made.  Every daemon's log is searched when it has ended."""
+
+A_SECRET = re.compile(r"wh(?:sec|sk)_[A-Za-z0-9+/]{16}")
+
+
 class DaemonProcess:
     """``hookd run``, and what it said."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
+        """``prefix`` is a command that runs the daemon: in a network of its own, or with other limits."""
         # appended to: the daemon shares the offset that log() moves, and would write over what it has said
         self._said = (folder / f"daemon-{time.monotonic_ns()}.log").open("a+", encoding="utf-8")
+        self._passwords = {p for p in [urlsplit(environment.get("HOOKD_DATABASE__DSN", "")).password] if p}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HOOKD_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hookd", "run"],
+            [*prefix, sys.executable, "-m", "hookd", "run"],
             env=inherited | DEFAULTS | environment,
             cwd=folder,
-            stdout=subprocess.DEVNULL,
+            stdout=self._said,
             stderr=self._said,
         )
 
@@ -86,7 +96,16 @@ class DaemonProcess:
             self.process.kill()
             self.process.wait(10)
         if not self._said.closed:
-            self._said.close()
+            try:
+                self._said.seek(0)
+                self._search(self._said.read())
+            finally:
+                self._said.close()
+
+    def _search(self, text: str) -> None:
+        found = [secret for secret in PLANTED | self._passwords if secret in text]
+        found += A_SECRET.findall(text)
+        assert not found, f"the daemon has printed {found}"
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:

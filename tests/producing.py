@@ -13,6 +13,7 @@ from hookd.core.signing import new_secret
 from hookd.core.urls import Target, parse_url
 from hookd.postgres import registry
 from hookd.postgres.registry import EndpointChange
+from tests.daemon_process import PLANTED
 
 
 async def add_endpoint(dsn: str, url: str, *, tenant: str = "default", **change: Any) -> str:
@@ -27,6 +28,8 @@ async def add_endpoint_with_id(
     target = parse_url(url)
     assert isinstance(target, Target), target
     secret = new_secret(os.urandom(32))
+    PLANTED.add(secret.reveal().removeprefix("whsec_"))
+    PLANTED.update(value for value in change.get("headers", {}).values() if len(value) > 12)
     connection = await asyncpg.connect(dsn)
     try:
         record = await registry.add(

@@ -24,11 +24,13 @@ FLOORS = {
     "hookd.dispatcher": 3,
     "hookd.upkeep": 3,
     "hookd.verification": 3,
+    "hookd.failpoints": 4,
     "hookd.logs": 4,
     "hookd.systemd": 4,
     "hookd.telemetry": 4,
     "hookd.daemon": 4,
     "hookd.admin": 4,
+    "hookd.guide": 4,
     "hookd.commands": 5,
     "hookd.__main__": 5,
     "hookd": 0,
@@ -51,6 +53,8 @@ ONLY_IN = {
     "uvloop": ("hookd.commands",),
     "click": ("hookd.commands",),
     "prometheus_client": ("hookd.telemetry",),
+    "markdown_it": ("hookd.guide",),
+    "jsonschema_rs": ("hookd.guide",),
     "random": ("hookd.clock", "hookd.commands"),
 }
 

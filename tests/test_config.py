@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -158,3 +159,20 @@ def test_the_documentation_has_every_key_and_default() -> None:
 
 def test_the_schema_names_every_section() -> None:
     assert set(json_schema()["$defs"]["Config"]["properties"]) == set(Config.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("192.0.2.53", True), ("2001:db8::53", True), ("127.0.0.1:5353", True), ("[::1]:5353", True),
+        ("dns.example", False), ("127.0.0.1:", False), ("[::1]", False), ("127.0.0.1:123456", False),
+    ],
+)  # fmt: skip
+def test_name_servers_are_addresses_perhaps_with_a_port(text: str, good: bool) -> None:
+    given = {"HOOKD_NETWORK__NAMESERVERS": json.dumps([text])}
+    if good:
+        assert parse("", "c.toml", given).config.network.nameservers == [text]
+    else:
+        (mistake,) = mistakes_of("", given)
+        assert "network.nameservers" in mistake
+        assert "is no IP address" in mistake

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import pytest
+
 from hookd.clock import SystemClock, SystemDice
+from hookd.core.challenge import challenge_in
+from hookd.core.composer import Wire
 from hookd.core.lanes import Lanes
 from hookd.core.model import (
+    BodyFormat,
     Delivery,
     DeliveryId,
     Endpoint,
     EndpointKey,
     EndpointState,
     Event,
+    Health,
     HostLimits,
     Outcome,
     OutcomeKind,
@@ -24,13 +31,21 @@ from hookd.core.model import (
     VerdictKind,
 )
 from hookd.core.request import InvalidRequest, Request
+from hookd.core.signing import new_secret
 from hookd.dispatcher import Dispatcher
 from hookd.recorder import Recorder
+from hookd.verification import question
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a/", "a:80", 0)
+DAY = 86400.0
+
+WIRE = Wire("hookd/test", BodyFormat.STANDARD, 20, 5)
+
+ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a.example/", "a.example:80", 0)
+
+SECRET = new_secret(b"s" * 32)
 
 TWO_AT_ONCE = HostLimits(concurrency=2)
 
@@ -54,10 +69,12 @@ class Exchange:
     def __init__(self, *script: Outcome | Exception) -> None:
         self.script = list(script)
         self.sent = 0
+        self.bodies: list[bytes] = []
         self.hold: asyncio.Event | None = None
 
     def begin(self, request: Request, turn: object, done: Callable[[Outcome], None]) -> Attempt:
         self.sent += 1
+        self.bodies.append(request.body if request else b"")
         return Attempt(asyncio.create_task(self._go(done)))
 
     async def _go(self, done: Callable[[Outcome], None]) -> None:
@@ -76,6 +93,7 @@ class Bench:
         self.results: list[Result] = []
         self.faults: list[Exception] = []
         self.dropped: list[Delivery] = []
+        self.verified: list[UUID] = []
         self.vouched = True
         self.recorder = Recorder(SystemClock(), refused=KeyError, report=lambda *_: None)
         self.dispatcher = Dispatcher(
@@ -83,7 +101,8 @@ class Bench:
             exchange,
             self.recorder,
             lambda _: Preparer(),
-            RetryPolicy(),
+            lambda endpoint, now: question(endpoint, WIRE, now),
+            RetryPolicy(ask_again_after_s=DAY),
             SystemClock(),
             SystemDice(1),
             max_in_flight=max_in_flight,
@@ -93,6 +112,7 @@ class Bench:
             fault=lambda _, error: self.faults.append(error),
             ours=lambda _: None,
             dropped=self.dropped.append,
+            verified=lambda endpoint: self.verified.append(endpoint.id),
         )
         self.dispatcher.serve(ENDPOINT)
 
@@ -184,6 +204,96 @@ def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
         bench.dispatcher.serve(replace(ENDPOINT, state=EndpointState.REMOVED))
         bench.admit(9)
         assert bench.results[-1].verdict.kind is VerdictKind.CANCELLED
+
+    asyncio.run(go())
+
+
+def failing(*, since_s: float, verified_s: float | None) -> Endpoint:
+    """An endpoint that has failed, and was verified, so long ago."""
+    now = time.time()
+    verified_at = None if verified_s is None else now - verified_s
+    return replace(
+        ENDPOINT, health=Health(now - since_s, "answered 500"), verified_at=verified_at, secrets=(SECRET,)
+    )
+
+
+class Honest(Exchange):
+    """Repeats challenges, and answers everything else with 200."""
+
+    async def _go(self, done: Callable[[Outcome], None]) -> None:
+        challenge = challenge_in(self.bodies[-1])
+        url = "http://a.example/"
+        self.script.insert(
+            0, Outcome(OutcomeKind.ANSWERED, sent=True, status=200, body=challenge or "", url=url)
+        )
+        await super()._go(done)
+
+
+def test_one_that_has_failed_for_long_is_asked_before_anything_goes_there() -> None:
+    async def go() -> None:
+        bench = Bench(Honest())
+        bench.dispatcher.serve(failing(since_s=2 * DAY, verified_s=3 * DAY))
+        bench.admit(1)
+        await bench.until(lambda: len(bench.results) == 1)
+        for number in (2, 3):
+            bench.admit(number)
+        await bench.until(lambda: len(bench.results) == 3)
+        asked = [challenge_in(body) is not None for body in bench.exchange.bodies]
+        assert asked == [True, False, False, False]
+        assert bench.verified == [ENDPOINT.id]
+        assert [(r.verdict.kind, r.delivery.attempt) for r in bench.results] == [
+            (VerdictKind.DELIVERED, 0)
+        ] * 3
+        served = bench.dispatcher.served(ENDPOINT.key)
+        assert served is not None
+        assert served.health == Health()
+        assert served.verified_at is not None
+        assert time.time() - served.verified_at < 60
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "reason"),
+    [
+        (Outcome(OutcomeKind.ANSWERED, status=200, body="ok"), OutcomeKind.UNVERIFIED,
+         "asked again after failing for long: answered 200 without repeating the challenge"),
+        (Outcome(OutcomeKind.ANSWERED, status=500), OutcomeKind.ANSWERED, "answered 500 (asked again after failing for long)"),
+        (Outcome(OutcomeKind.CONNECT_REFUSED, reason="the connection was refused"), OutcomeKind.CONNECT_REFUSED,
+         "the connection was refused"),
+    ],
+)  # fmt: skip
+def test_a_challenge_that_is_not_answered_is_a_failed_attempt(
+    answer: Outcome, kind: OutcomeKind, reason: str
+) -> None:
+    async def go() -> None:
+        answer.url = "http://a.example/"
+        bench = Bench(Exchange(answer))
+        bench.dispatcher.serve(failing(since_s=2 * DAY, verified_s=3 * DAY))
+        bench.admit(1)
+        await bench.until(lambda: len(bench.results) == 1)
+        (result,) = bench.results
+        assert result.outcome is not None
+        assert (result.outcome.kind, result.verdict.kind) == (kind, VerdictKind.RETRY)
+        assert result.verdict.reason.startswith(reason)
+        assert bench.verified == []
+        assert bench.exchange.sent == 1
+        assert bench.dispatcher.in_flight() == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("since_s", "verified_s"), [(DAY / 2, 3 * DAY), (2 * DAY, DAY / 2), (2 * DAY, None)])
+def test_who_has_failed_briefly_or_answered_lately_or_was_never_asked_is_not_asked(
+    since_s: float, verified_s: float | None
+) -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        bench.dispatcher.serve(failing(since_s=since_s, verified_s=verified_s))
+        bench.admit(1)
+        await bench.until(lambda: len(bench.results) == 1)
+        assert bench.exchange.bodies == [b""]
+        assert bench.results[0].verdict.kind is VerdictKind.DELIVERED
 
     asyncio.run(go())
 

@@ -124,6 +124,7 @@ def test_results_of_other_owners_shards_are_dropped() -> None:
         await made.run(ledger, None, until_empty=True)
         assert sorted(i for i, _ in ledger.stored) == [0, 2, 4, 6, 8]
         assert made.unwritten() == []
+        assert made.dropped == 5, "their new owner may send them again"
 
     asyncio.run(go())
 

@@ -255,9 +255,11 @@ class Api:
             raise BadRequest(422, "missed", "missed is all, latest or none")
         async with self._session() as connection:
             record = await self._found(connection, request)
-            required = self._daemon.config.security.require_verification
             record, queued = await registry.resume(
-                connection, record.id, wanted.missed, require_verification=required
+                connection,
+                record.id,
+                wanted.missed,
+                ask_again_after_s=self._daemon.config.ask_again_after_s(),
             )
         return answer(await self._asked(record) | {"queued": queued})
 

@@ -112,6 +112,8 @@ class AdminServer:
             return problem(error.status, "http", error.reason)
         except (DatabaseUnavailable, DatabaseRefused) as error:
             return problem(503, "database", str(error))
+        except asyncpg.UndefinedTableError:
+            return problem(503, "database", "the database has no schema of hookd's yet")
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
             if unavailable(error) is None:
                 log.exception("a request to the API failed", path=request.path)
@@ -124,9 +126,11 @@ class AdminServer:
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        if self._daemon.ready.is_set() and self._daemon.tenure is not None:
-            return web.json_response({"status": "ready", "shards": len(self._daemon.tenure.owner.shards)})
-        return problem(503, "not_ready", "the database is away, or shards are being recovered")
+        trouble = self._daemon.trouble()
+        tenure = self._daemon.tenure
+        if trouble or tenure is None:
+            return problem(503, "not_ready", trouble)
+        return web.json_response({"status": "ready", "shards": len(tenure.owner.shards)})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 
 import click
+from click.shell_completion import CompletionItem
 
 from hookd import __version__
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "secrets": ("secrets", "secrets", "Encrypt endpoint secrets at rest, change the master key"),
     "event": ("inspect", "event", "Find events and what became of them"),
     "attempts": ("inspect", "attempts", "Every attempt, with its answer and timing"),
+    "tail": ("tail", "tail", "Attempts as they happen"),
     "explain": ("inspect", "explain", "Why an event or a delivery is where it is"),
     "status": ("inspect", "status", "How the daemons, the queue and the lanes are doing"),
     "top": ("top", "top", "The same, live"),
@@ -33,9 +35,10 @@ COMMANDS = {
     "resend": ("replay", "resend", "One event or delivery again, now"),
     "verify": ("verify", "verify", "Say whether a captured request's signature holds"),
     "listen": ("listen", "listen", "A receiver for development"),
+    "docs": ("docs", "docs", "Documentation for those who receive"),
     "health": ("inspect", "health", "Ask a running daemon whether it is well"),
     "evict": ("inspect", "evict", "End the session of a daemon that hangs; the others take its hosts"),
-    "demo": ("demo", "demo", "Receivers good and bad, and what becomes of their events"),
+    "demo": ("demo", "demo", "Receivers good and bad, and what hookd does about each"),
     "completion": ("configuration", "completion", "Completion for bash, zsh or fish"),
 }
 
@@ -59,16 +62,42 @@ class Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one."""
         if cmd_name not in COMMANDS:
+            if ctx.resilient_parsing:
+                # a TAB after it: no place for errors
+                return None
             raise click.exceptions.NoSuchCommand(cmd_name, possibilities=COMMANDS, ctx=ctx)
         module, attribute, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"hookd.commands.{module}"), attribute)
+        _give_examples(command, cmd_name)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete from the table too: a TAB imports no command."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=text)
+            for name, (_, _, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Print the table, and import nothing for it."""
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+def _give_examples(command: click.Command, name: str) -> None:
+    """End the help of a command, and of those in it, with an example."""
+    from hookd.commands.examples import EXAMPLES  # noqa: PLC0415 - not for a list of commands
+
+    if isinstance(command, click.Group):
+        for inner, one in command.commands.items():
+            _give_examples(one, f"{name} {inner}")
+    elif name in EXAMPLES:
+        # \b: as it is, not folded
+        command.epilog = f"\b\nExample:  {EXAMPLES[name]}"
 
 
 @click.group(

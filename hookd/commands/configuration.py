@@ -73,10 +73,12 @@ def schema() -> None:
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """
-    Print the completion script of a shell.
+    Print the completion script of a shell: commands, options, ids, event types and tenants.
 
     \b
-    bash: eval "$(hookd completion bash)"
+    bash  in ~/.bashrc:                 eval "$(hookd completion bash)"
+    zsh   in ~/.zshrc, after compinit:  eval "$(hookd completion zsh)"
+    fish  once:                         hookd completion fish > ~/.config/fish/completions/hookd.fish
     """  # noqa: D301 - click's mark for lines that stay
     from click.shell_completion import get_completion_class  # noqa: PLC0415 - not for --help
 

@@ -94,6 +94,10 @@ def _here(config: Config) -> list[Finding]:
         findings.append(
             Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: may be called, private or not; remove it in production")
         )  # fmt: skip
+    if config.security.core_dumps:
+        findings.append(
+            Finding("security.core_dumps", "warn", "on: a core dump of the daemon has secrets in it, and its user's debuggers see them")
+        )  # fmt: skip
     if not config.network.https_only:
         findings.append(Finding("network.https_only", "warn", "http:// endpoints may be registered"))
     return findings
@@ -101,9 +105,11 @@ def _here(config: Config) -> list[Finding]:
 
 async def _database(database: Database, config: Config) -> list[Finding]:
     from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable  # noqa: PLC0415 - not for --help
+    from hookd.postgres.pooler import check_sessions  # noqa: PLC0415
 
     begun = time.perf_counter()
     try:
+        await check_sessions(lambda: database.connect("doctor"))
         connection = await database.connect("doctor")
     except (DatabaseRefused, DatabaseUnavailable) as error:
         return [Finding("database", "fail", str(error))]
@@ -133,13 +139,6 @@ async def _server(
     if row["standby"]:
         findings.append(
             Finding("database", "fail", "this is a read-only standby; name the primary in database.dsn")
-        )
-    # a pooler in transaction mode gives the second transaction another session
-    first = await connection.fetchval("select pg_backend_pid()")
-    second = await connection.fetchval("select pg_backend_pid()")
-    if first != second:
-        findings.append(
-            Finding("pooler", "fail", "a transaction pooler is in between; hookd needs sessions of its own")
         )
     left = row["most"] - row["used"]
     findings.append(

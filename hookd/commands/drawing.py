@@ -7,6 +7,7 @@ A line is cut to the terminal's width, never wrapped, and says everything withou
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,12 @@ COLOURS: dict[str, dict[str, Any]] = {
     "bad": {"fg": "red"},
     "warn": {"fg": "yellow"},
     "dim": {"dim": True},
+    "good": {"fg": "green"},
 }
+
+
+TIME_SHAPE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+UUID_SHAPE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class Line:
 
     text: str
     mark: str = ""
-    """``head``, ``bad``, ``warn``, ``dim``, or nothing."""
+    """``head``, ``bad``, ``warn``, ``dim``, ``good``, or nothing."""
 
 
 def width_of_terminal() -> int | None:
@@ -69,9 +75,14 @@ def show(lines: Iterable[Line]) -> None:
         click.echo(painted(line, width, colour=colour), color=colour)
 
 
+def printable(text: str) -> str:
+    """A text in which nothing plays with the terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def cut(text: str, width: int | None) -> str:
     """A text, without what does not fit; what could move the cursor is not printed."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(text)
     return text if width is None or len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
@@ -81,6 +92,57 @@ def cut_middle(text: str, width: int) -> str:
         return text
     tail = (width - 1) * 2 // 3
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+SHORT_ID = 13
+"""Of an id on a narrow terminal: its time to the millisecond, which every command takes for the whole."""
+
+CELL_LEAST = 12
+"""Characters of a cell that are shown anyhow; what does not fit then is cut at the end of the line."""
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str], width: int | None) -> list[Line]:
+    """
+    Lines of a table under its head, fitted to the terminal's width.
+
+    Where it is too wide the widest cells lose their middles, ids all but their beginnings, and times their year.
+    """
+    cells = [[name.upper() for name in header], *([printable(text) for text in row] for row in rows)]
+    sizes = [max(len(line[n]) for line in cells) for n in range(len(header))]
+    if width is not None:
+        _fit(cells, sizes, width - 2 * (len(header) - 1))
+    texts = [
+        "  ".join(cut_middle(c, size).ljust(size) for c, size in zip(line, sizes, strict=True)).rstrip()
+        for line in cells
+    ]
+    return [Line(texts[0], "head"), *map(Line, texts[1:])]
+
+
+def _fit(cells: list[list[str]], sizes: list[int], spare: int) -> None:
+    """Make columns narrower, the least needed parts first."""
+    columns = range(len(sizes))
+    ids, times = (
+        [n for n in columns if any(shape.fullmatch(line[n]) for line in cells[1:])]
+        for shape in (UUID_SHAPE, TIME_SHAPE)
+    )
+    others = [n for n in columns if n not in ids and n not in times]
+    _shrink(sizes, others, spare, 2 * CELL_LEAST)
+    for kept, chosen in ((slice(SHORT_ID), ids), (slice(len("2026-"), None), times)):
+        if sum(sizes) > spare:
+            for n in chosen:
+                for line in cells[1:]:
+                    line[n] = line[n][kept] if len(line[n]) > CELL_LEAST else line[n]
+                sizes[n] = max(len(line[n]) for line in cells)
+    _shrink(sizes, others, spare, CELL_LEAST)
+
+
+def _shrink(sizes: list[int], which: Sequence[int], spare: int, least: int) -> None:
+    """Take from the widest of these columns until all fit, or none is wider than ``least``."""
+    while sum(sizes) > spare:
+        widest = max(which, key=lambda n: sizes[n], default=None)
+        if widest is None or sizes[widest] <= least:
+            return
+        sizes[widest] -= 1
 
 
 def fact(name: str, said: Sequence[str], width: int | None, mark: str = "") -> list[Line]:
@@ -113,8 +175,10 @@ def daemons(nodes: Sequence[Mapping[str, Any]], at: Any, width: int | None) -> l
             f"{summary['in_flight']:,} in flight",
             f"{summary['waiting']:,} in memory",
             *([f"silent for {span(silence_s)}"] if silent else []),
+            *([f"waits for {summary['stalled']}"] if summary.get("stalled") else []),
+            *([f"holds deliveries back: {fault}" for fault in summary.get("faults", ())]),
         ]
-        lines += fact("daemon", said, width, "bad" if silent else "")
+        lines += fact("daemon", said, width, "bad" if silent or summary.get("faults") else "")
     return lines
 
 
@@ -217,6 +281,8 @@ def _waits_for(lane: Lane) -> tuple[str, bool]:
             return "probe", True
         case "hold":
             return "Retry-After", True
+        case "machine":
+            return "this machine", True
         case "endpoint":
             return "endpoint limits", False
         case "share":

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.calling import judged, tested, verification, vetted
+from hookd.commands.drawing import printable
 from hookd.commands.send import header_map
 from hookd.commands.session import (
     Failed,
+    endpoint_of,
     given_secret,
     keyring_of,
     options,
@@ -20,7 +23,6 @@ from hookd.commands.session import (
     print_json,
     print_table,
     shown,
-    uuid_of,
     with_connection,
 )
 from hookd.config import duration, load
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from hookd.commands import Invocation
     from hookd.config import Config
     from hookd.core.challenge import Verification
-    from hookd.core.model import Secret
+    from hookd.core.model import Outcome, Secret
     from hookd.postgres.registry import EndpointChange, EndpointRecord
 
 FORMATS = click.Choice(["standard", "raw", "cloudevents", "thin"])
@@ -50,13 +52,13 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``add`` and ``update`` can set."""
     for option in (
         click.option("--description", help="For people."),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated."),
+        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request; may be repeated. @FILE has one a line."),
         click.option("--format", "format_", type=FORMATS, help="Of the body; the default is delivery.format."),
         click.option("--ordered/--unordered", default=None, help="One event at a time, in the order of their insertion."),
         click.option("--concurrency", type=click.IntRange(1), help="Exchanges at once."),
         click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests per second."),
         click.option("--filter", "filter_", metavar="JSONPATH", help="Only events whose payload matches: '$.amount ? (@ > 100)'."),
-        click.option("--type", "types", multiple=True, metavar="PATTERN", help="user.created, user.* or *; may be repeated."),
+        click.option("--type", "types", multiple=True, metavar="PATTERN", shell_complete=completing.types, help="user.created, user.* or *; may be repeated."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -84,7 +86,7 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How ``add`` and ``rotate`` come by a signing secret."""
     for option in (
-        click.option("--secret", "given", metavar="S", help="One that you have: whsec_…, whsk_…, or @FILE."),
+        click.option("--secret", "given", metavar="S", help="One that you have: @FILE, or whsec_…, whsk_… itself, which process lists show."),
         click.option("--key-type", type=click.Choice(["hmac", "ed25519"]), help="Of a new secret: shared (whsec_…), or a key pair (whsk_…, whpk_…)."),
     ):  # fmt: skip
         command = option(command)
@@ -121,7 +123,13 @@ def _said(answer: Verification, record: EndpointRecord) -> str:
 
 @endpoint.command()
 @click.argument("url")
-@click.option("--tenant", default="default", show_default=True)
+@click.option(
+    "--tenant",
+    shell_complete=completing.tenants,
+    default="default",
+    show_default=True,
+    help="Whose events it gets.",
+)
 @_secret_options
 @_settings
 @options
@@ -134,10 +142,7 @@ def add(
 
     With security.require_verification it is asked right away whether it wants to be called; exit status 1 if it does not
     answer, and it stays registered.
-
-    \b
-    hookd endpoint add https://example.com/hooks --type 'user.*'
-    """  # noqa: D301 - click's mark for lines that stay
+    """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
     secret = _secret(key_type, given)
@@ -177,9 +182,11 @@ def _conclude(invocation: Invocation, record: EndpointRecord, answer: Verificati
 
 
 @endpoint.command(name="list")
-@click.option("--tenant")
-@click.option("--state", type=STATES)
-@click.option("--limit", type=click.IntRange(1, 10000), default=100, show_default=True)
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
+@click.option("--state", type=STATES, help="In this state only.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=100, show_default=True, help="No more than so many."
+)
 @options
 @click.pass_obj
 def list_(invocation: Invocation, tenant: str | None, state: str | None, limit: int) -> None:
@@ -218,12 +225,15 @@ def _simple(
     endpoint_id: str,
     work: Callable[[asyncpg.Connection, Any], Awaitable[EndpointRecord]],
 ) -> EndpointRecord:
-    wanted = uuid_of(endpoint_id, "endpoint id")
-    return with_connection(invocation, lambda c, _: work(c, wanted))
+
+    async def found(connection: asyncpg.Connection, _config: Config) -> EndpointRecord:
+        return await work(connection, await endpoint_of(connection, endpoint_id))
+
+    return with_connection(invocation, found)
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @options
 @click.pass_obj
 def show(invocation: Invocation, endpoint_id: str) -> None:
@@ -234,7 +244,7 @@ def show(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--url", help="Another URL; what is pending goes there too.")
 @click.option("--clear", multiple=True, type=click.Choice(["filter", "format", "rate", "concurrency", "description", "headers"]), help="Back to none; may be repeated.")  # fmt: skip
 @_settings
@@ -250,12 +260,11 @@ def update(
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    wanted = uuid_of(endpoint_id, "endpoint id")
-
     async def work(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[EndpointRecord, Verification | None]:
         keyring = keyring_of(config)
+        wanted = await endpoint_of(connection, endpoint_id)
         target = await judged(url, config) if url else None
         required = config.security.require_verification
         record = await registry.update(
@@ -271,7 +280,7 @@ def update(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--reason", help="For people.")
 @options
 @click.pass_obj
@@ -283,7 +292,7 @@ def pause(invocation: Invocation, endpoint_id: str, reason: str | None) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--missed", type=click.Choice(["all", "latest", "none"]), default="none", show_default=True, help="What a disabled endpoint gets of what it missed.")  # fmt: skip
 @options
 @click.pass_obj
@@ -291,17 +300,16 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     """
     Let it receive again, after pause or after it was disabled.
 
-    With security.require_verification one that was never verified, or was disabled, is asked first.
+    With security.require_verification one that was never verified, was disabled, or has failed for long, is asked first.
     """
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
-
-    wanted = uuid_of(endpoint_id, "endpoint id")
 
     async def work(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[int, EndpointRecord, Verification | None]:
+        wanted = await endpoint_of(connection, endpoint_id)
         record, queued = await registry.resume(
-            connection, wanted, missed, require_verification=config.security.require_verification
+            connection, wanted, missed, ask_again_after_s=config.ask_again_after_s()
         )
         if record.state == "unverified":
             return queued, *await verification(connection, config, wanted)
@@ -313,7 +321,7 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @options
 @click.pass_obj
 def remove(invocation: Invocation, endpoint_id: str) -> None:
@@ -324,7 +332,7 @@ def remove(invocation: Invocation, endpoint_id: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--overlap", default="1d", show_default=True, help="How long the old secret signs too.")
 @_secret_options
 @options
@@ -343,9 +351,9 @@ def rotate(
         overlap_s = duration(overlap)
     except ValueError as error:
         raise Failed(f"--overlap: {error}", 2) from None
-    wanted = uuid_of(endpoint_id, "endpoint id")
 
     async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Secret]:
+        wanted = await endpoint_of(connection, endpoint_id)
         before = await registry.show(connection, wanted)
         secret = _secret(key_type or (None if given else before.key_type), given)
         keyring = keyring_of(config)
@@ -360,7 +368,7 @@ def rotate(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
 @click.option("--trust", is_flag=True, help="Take it for verified without asking it.")
 @options
 @click.pass_obj
@@ -374,9 +382,8 @@ def verify(invocation: Invocation, endpoint_id: str, *, trust: bool) -> None:
     from hookd.core.challenge import Verification  # noqa: PLC0415 - not for --help
     from hookd.postgres import registry  # noqa: PLC0415
 
-    wanted = uuid_of(endpoint_id, "endpoint id")
-
     async def work(connection: asyncpg.Connection, config: Config) -> tuple[EndpointRecord, Verification]:
+        wanted = await endpoint_of(connection, endpoint_id)
         if not trust:
             return await verification(connection, config, wanted)
         record = await registry.show(connection, wanted)
@@ -418,15 +425,18 @@ def check(invocation: Invocation, url: str) -> None:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", metavar="ID")
-@click.option("--type", "type_", default="hookd.test", show_default=True)
+@click.argument("endpoint_id", metavar="ID", type=completing.ENDPOINT_ID)
+@click.option("--type", "type_", default="hookd.test", show_default=True, help="The event's type.")
 @click.option("--data", default='{"test": true}', show_default=True, help="The payload, JSON.")
 @options
 @click.pass_obj
 def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> None:
     """Send it a test event now, past the queue, and print the exchange; exit status 0 if it was accepted."""
-    wanted = uuid_of(endpoint_id, "endpoint id")
-    sent, outcome = with_connection(invocation, lambda c, config: tested(c, config, wanted, type_, data))
+
+    async def work(connection: asyncpg.Connection, config: Config) -> tuple[str, Outcome]:
+        return await tested(connection, config, await endpoint_of(connection, endpoint_id), type_, data)
+
+    sent, outcome = with_connection(invocation, work)
     accepted = 200 <= outcome.status < 300
     if invocation.json:
         print_json({
@@ -438,9 +448,9 @@ def test(invocation: Invocation, endpoint_id: str, type_: str, data: str) -> Non
         click.echo("\n".join(f"> {line}" for line in sent.splitlines()))
         if outcome.status:
             click.echo(f"< {outcome.status}")
-            click.echo("\n".join(f"< {line}" for line in outcome.headers.splitlines()))
+            click.echo("\n".join(f"< {printable(line)}" for line in outcome.headers.splitlines()))
             if outcome.body:
-                click.echo("<\n" + "\n".join(f"< {line}" for line in outcome.body.splitlines()))
+                click.echo("<\n" + "\n".join(f"< {printable(line)}" for line in outcome.body.splitlines()))
         verdict = (
             "accepted" if accepted else f"not accepted: {outcome.reason or f'answered {outcome.status}'}"
         )

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
+from hookd.commands.drawing import printable
 from hookd.commands.session import (
     Failed,
+    endpoint_of,
+    event_of,
     moment,
     options,
     print_fields,
     print_json,
     print_table,
-    uuid_of,
     with_connection,
 )
 from hookd.config import load
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 BODY_SHOWN = 400
 
+LIKE_AN_ID = 8
+"""So many digits may be the beginning of an event's id as well as the number of a delivery."""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def event() -> None:
@@ -40,12 +46,16 @@ def event() -> None:
 
 
 @event.command(name="list")
-@click.option("--tenant")
-@click.option("--type", "type_", metavar="PATTERN", help="user.created, user.* or *.")
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
+@click.option(
+    "--type", "type_", metavar="PATTERN", shell_complete=completing.types, help="user.created, user.* or *."
+)
 @click.option("--since", metavar="TIME", help="2h (ago), or a time.")
-@click.option("--until", metavar="TIME")
-@click.option("--before", metavar="ID", help="The page after this event.")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option("--until", metavar="TIME", help="Before then.")
+@click.option("--before", metavar="ID", type=completing.EVENT_ID, help="The page after this event.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="No more than so many."
+)
 @options
 @click.pass_obj
 def list_events(
@@ -56,13 +66,14 @@ def list_events(
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
     after, upto = moment(since), moment(until)
-    last = uuid_of(before, "event id") if before else None
-    rows = with_connection(
-        invocation,
-        lambda c, _: history.events(
-            c, tenant=tenant, type_pattern=type_, before=last, since=after, until=upto, limit=limit
-        ),
-    )
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
+        last = await event_of(connection, before) if before else None
+        return await history.events(
+            connection, tenant=tenant, type_pattern=type_, before=last, since=after, until=upto, limit=limit
+        )
+
+    rows = with_connection(invocation, work)
     if invocation.json:
         print_json(rows)
         return
@@ -74,17 +85,22 @@ def list_events(
 
 
 @event.command(name="show")
-@click.argument("event_id", metavar="ID")
+@click.argument("event_id", metavar="ID", type=completing.EVENT_ID)
 @options
 @click.pass_obj
 def show_event(invocation: Invocation, event_id: str) -> None:
     """One event with its payload, and what became of it at each endpoint."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres.lookup import no_event  # noqa: PLC0415
 
-    wanted = uuid_of(event_id, "event id")
-    found = with_connection(invocation, lambda c, _: history.event(c, wanted))
-    if found is None:
-        raise Failed(f"there is no event {wanted}; it may have ended with retention.events")
+    async def work(connection: asyncpg.Connection, _config: Config) -> dict[str, Any]:
+        wanted = await event_of(connection, event_id)
+        found = await history.event(connection, wanted)
+        if found is None:
+            raise Failed(await no_event(connection, wanted))
+        return found
+
+    found = with_connection(invocation, work)
     if invocation.json:
         print_json(found)
         return
@@ -99,11 +115,23 @@ def show_event(invocation: Invocation, event_id: str) -> None:
 
 
 @click.command()
-@click.option("--event", "event_id", metavar="ID")
-@click.option("--endpoint", "endpoint_id", metavar="ID")
-@click.option("--verdict", type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]))
+@click.option("--event", "event_id", metavar="ID", type=completing.EVENT_ID, help="Of this event only.")
+@click.option(
+    "--endpoint",
+    "endpoint_id",
+    metavar="ID",
+    type=completing.ENDPOINT_ID,
+    help="Of this endpoint only.",
+)
+@click.option(
+    "--verdict",
+    type=click.Choice(["delivered", "retry", "exhausted", "expired", "cancelled"]),
+    help="With this verdict only.",
+)
 @click.option("--before", metavar="TIME", help="The page before this time.")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="No more than so many."
+)
 @click.option("--full", is_flag=True, help="With the answers.")
 @options
 @click.pass_obj
@@ -114,15 +142,19 @@ def attempts(
     """Every attempt, newest first, with its request, answer and timing."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
-    event_uuid = uuid_of(event_id, "event id") if event_id else None
-    endpoint_uuid = uuid_of(endpoint_id, "endpoint id") if endpoint_id else None
     upto = moment(before)
-    rows = with_connection(
-        invocation,
-        lambda c, _: history.attempts(
-            c, event_id=event_uuid, endpoint_id=endpoint_uuid, verdict=verdict, before=upto, limit=limit
-        ),
-    )
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
+        return await history.attempts(
+            connection,
+            event_id=await event_of(connection, event_id) if event_id else None,
+            endpoint_id=await endpoint_of(connection, endpoint_id) if endpoint_id else None,
+            verdict=verdict,
+            before=upto,
+            limit=limit,
+        )
+
+    rows = with_connection(invocation, work)
     if invocation.json:
         print_json(rows)
         return
@@ -149,26 +181,28 @@ def _print_attempt(row: dict[str, Any]) -> None:
     row.pop("resent")
     print_fields({k: v for k, v in row.items() if v is not False})
     for line in (headers or "").splitlines():
-        click.echo(f"  < {line}")
+        click.echo(f"  < {printable(line)}")
     if body:
-        click.echo(f"  < {body[:BODY_SHOWN]}{'…' if len(body) > BODY_SHOWN else ''}")
+        for line in (body[:BODY_SHOWN] + ("…" if len(body) > BODY_SHOWN else "")).splitlines():
+            click.echo(f"  < {printable(line)}")
     click.echo()
 
 
 @click.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", type=completing.EVENT_OR_DELIVERY)
 @options
 @click.pass_obj
 def explain(invocation: Invocation, id_: str) -> None:
     """Why this event (or this delivery, by its number) is where it is."""
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
     from hookd.postgres.explain import explain as look  # noqa: PLC0415
+    from hookd.postgres.lookup import no_event  # noqa: PLC0415
 
     async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
         event_id, delivery_id = await find(connection, id_)
         found = await look(connection, event_id, delivery_id)
         if not found and await history.event(connection, event_id) is None:
-            raise Failed(f"there is no event {event_id}; it may have ended with retention.events")
+            raise Failed(await no_event(connection, event_id))
         return found
 
     rows = with_connection(invocation, work)
@@ -184,6 +218,7 @@ def explain(invocation: Invocation, id_: str) -> None:
 
 def _folded(sentence: str) -> str:
     """A sentence under its headline; folded to the terminal if it is one."""
+    sentence = printable(sentence)
     if not sys.stdout.isatty():
         return f"  {sentence}"
     return click.wrap_text(
@@ -201,11 +236,13 @@ async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | N
     from hookd.postgres import history  # noqa: PLC0415 - not for --help
 
     if not text.isdigit():
-        return uuid_of(text, "event id or delivery number"), None
-    event_id = await history.find_delivery(connection, int(text))
-    if event_id is None:
-        raise Failed(f"there is no delivery {text}; `hookd event list` shows events")
-    return event_id, int(text)
+        return await event_of(connection, text), None
+    event_id = await history.find_delivery(connection, int(text)) if len(text) < 19 else None
+    if event_id is not None:
+        return event_id, int(text)
+    if len(text) >= LIKE_AN_ID:
+        return await event_of(connection, text), None
+    raise Failed(f"there is no delivery {text}; `hookd event list` shows events")
 
 
 @click.command()
@@ -282,7 +319,15 @@ def health(invocation: Invocation) -> None:
         with direct.open(url, timeout=5) as answer:
             said = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise Failed(f"not ready: {error.read(200).decode('utf-8', 'replace').strip()}") from None
+        raise Failed(f"not ready: {_said_by(error)}") from None
     except (OSError, ValueError) as error:
         raise Failed(f"no daemon answers at {url}: {error}") from None
     print_json(said) if invocation.json else click.echo("ready")
+
+
+def _said_by(error: urllib.error.HTTPError) -> str:
+    text = error.read(1000).decode("utf-8", "replace").strip()
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookd.commands import completing
 from hookd.commands.inspect import find
-from hookd.commands.session import Failed, moment, options, print_json, uuid_of, with_connection
+from hookd.commands.session import Failed, endpoint_of, event_of, moment, options, print_json, with_connection
 
 if TYPE_CHECKING:
     import asyncpg
@@ -23,11 +24,13 @@ ASK_ABOVE = 100
 
 
 @click.command()
-@click.option("--event", "event_id", metavar="ID")
-@click.option("--endpoint", "endpoint_id", metavar="ID")
-@click.option("--tenant")
+@click.option("--event", "event_id", metavar="ID", type=completing.EVENT_ID, help="Of this event only.")
+@click.option(
+    "--endpoint", "endpoint_id", metavar="ID", type=completing.ENDPOINT_ID, help="Of this endpoint only."
+)
+@click.option("--tenant", shell_complete=completing.tenants, help="Of this tenant only.")
 @click.option("--since", metavar="TIME", help="Events from 2h (ago), or from a time.")
-@click.option("--until", metavar="TIME")
+@click.option("--until", metavar="TIME", help="Events before then.")
 @click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say how many, and queue nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -48,14 +51,14 @@ def replay(
         raise Failed("say what to replay: --event, --endpoint, --tenant, --since, --until or --state", 2)
     selection: dict[str, Any] = {
         "states": states or (STATES if event_id else ("exhausted",)),
-        "event": uuid_of(event_id, "event id") if event_id else None,
-        "endpoint": uuid_of(endpoint_id, "endpoint id") if endpoint_id else None,
         "tenant": tenant,
         "since": moment(since),
         "until": moment(until),
     }
 
     async def work(connection: asyncpg.Connection, _config: Config) -> dict[str, int]:
+        selection["event"] = await event_of(connection, event_id) if event_id else None
+        selection["endpoint"] = await endpoint_of(connection, endpoint_id) if endpoint_id else None
         count = await history.count_replayable(connection, selection)
         if dry_run or not count:
             return {"matching": count, "queued": 0}
@@ -82,7 +85,7 @@ def replay(
 
 
 @click.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", type=completing.EVENT_OR_DELIVERY)
 @options
 @click.pass_obj
 def resend(invocation: Invocation, id_: str) -> None:

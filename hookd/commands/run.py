@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import resource
 import sys
 import time
 from typing import TYPE_CHECKING
 
+import asyncpg
 import click
 import structlog
 import uvloop
@@ -19,10 +21,12 @@ from hookd.admin.server import AdminServer
 from hookd.commands.session import Failed, bring_up_to_date, database_of, options
 from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
+from hookd.failpoints import FailpointUnknown, arm
 from hookd.keyfile import KeyFileProblem
-from hookd.logs import configure
+from hookd.logs import Outage, configure
 from hookd.net.exchange import check_parts
-from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable
+from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
+from hookd.postgres.pooler import SHARED, check_sessions
 from hookd.systemd import feed_watchdog, notify
 
 if TYPE_CHECKING:
@@ -34,7 +38,15 @@ log = structlog.get_logger("hookd")
 
 START_RETRY_S = 2.0
 
+START_EXTENDED_US = 60_000_000
+
 DESCRIPTORS_LEAST = 1024
+
+DESCRIPTORS_KEPT = 64
+"""Not for receivers: PostgreSQL, name servers, the console and the probes must not starve for them."""
+
+PR_SET_DUMPABLE = 4
+"""Of ``prctl(2)``."""
 
 
 @click.command()
@@ -50,23 +62,26 @@ def run(invocation: Invocation) -> None:
     loaded = load(invocation.config_file)
     config = loaded.config
     configure(config.log)
+    try:
+        arm(os.environ.get("HOOKD_FAILPOINT", ""))
+    except FailpointUnknown as problem:
+        raise Failed(str(problem), 2) from None
     problems = check_parts()
     if problems:
         raise Failed("; ".join(problems))
-    _raise_descriptors(config)
+    descriptors = _raise_descriptors(config)
+    if not config.security.core_dumps:
+        keep_memory_private()
     with database_of(config) as database:
         if config.database.dsn == "embedded":
             log.warning(
                 "embedded PostgreSQL is for trying out, not for production", server=database.described
             )
-        status = uvloop.run(_serve(invocation, config, database))
+        status = uvloop.run(_serve(invocation, config, database, descriptors))
     sys.exit(status)
 
 
-async def _serve(invocation: Invocation, config: Config, database: Database) -> int:
-    stopped = asyncio.create_task(_prepare(database, config))
-    await stopped
-
+async def _serve(invocation: Invocation, config: Config, database: Database, descriptors: int | None) -> int:
     def reload() -> Config | None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         # it is applied before the event loop goes on
@@ -83,7 +98,8 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         return fresh
 
     try:
-        daemon = Daemon(config, database, reload)
+        most = None if descriptors is None else max(1, descriptors - DESCRIPTORS_KEPT)
+        daemon = Daemon(config, database, reload, most)
     except KeyFileProblem as problem:
         raise Failed(f"security.master_key_file: {problem}", 2) from None
     if not daemon.keyring.keys:
@@ -96,32 +112,42 @@ async def _serve(invocation: Invocation, config: Config, database: Database) -> 
         stack.callback(ready.cancel)
         dog = asyncio.create_task(feed_watchdog())
         stack.callback(dog.cancel)
-        status = await daemon.run()
-        notify("STOPPING=1")
-    return status
+        return await daemon.run(lambda: _prepare(database, config))
 
 
 async def _prepare(database: Database, config: Config) -> None:
     """Reach the database and bring its schema up to date; waits for a server that is away."""
-    waiting = False
-    while True:
+    outage = Outage(time.monotonic)
+    while (problem := await _prepared(database, config)) is not None:
+        again = outage.began(problem)
+        if again is not None:
+            log.error("database cannot be reached; trying again until it can", problem=problem)
+        # it is not hung: systemd must not start it again for this
+        notify(f"EXTEND_TIMEOUT_USEC={START_EXTENDED_US}\nSTATUS=waiting for the database: {problem}")
+        await asyncio.sleep(START_RETRY_S)
+
+
+async def _prepared(database: Database, config: Config) -> str | None:
+    """None if the database is ready for us, else what keeps it from that for now."""
+    try:
+        await check_sessions(lambda: database.connect("start"))
+        connection = await database.connect("start", lasting=True)
         try:
-            connection = await database.connect("start")
-            try:
-                applied = await bring_up_to_date(connection, config)
-            finally:
-                connection.terminate()
-        except DatabaseUnavailable as error:
-            if not waiting:
-                log.exception("database cannot be reached; trying again until it can", problem=str(error))
-                waiting = True
-            await asyncio.sleep(START_RETRY_S)
-            continue
-        except DatabaseRefused as error:
-            raise Failed(str(error)) from None
-        if applied:
-            log.info("schema migrated", applied=applied)
-        return
+            applied = await bring_up_to_date(connection, config)
+        finally:
+            connection.terminate()
+    except DatabaseUnavailable as error:
+        return str(error)
+    except DatabaseRefused as error:
+        raise Failed(str(error), 2 if str(error) == SHARED else 1) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        passing = unavailable(error)
+        if passing is None:
+            raise Failed(f"the database cannot be used: {error}") from None
+        return str(passing)
+    if applied:
+        log.info("schema migrated", applied=applied)
+    return None
 
 
 async def _say_ready(daemon: Daemon, listening: str | None) -> None:
@@ -131,8 +157,20 @@ async def _say_ready(daemon: Daemon, listening: str | None) -> None:
     notify("READY=1")
 
 
-def _raise_descriptors(config: Config) -> None:
-    """Use all descriptors that the system allows: one a connection, idle ones too."""
+def keep_memory_private() -> None:
+    """
+    Leave no core dump, and let no process of the same user look into this one.
+
+    The limit alone does not hold where dumps are piped into a program (``core(5)``); the flag alone is known to Linux only.
+    It also takes ``/proc/PID/environ`` and ``mem`` from everybody but root.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _raise_descriptors(config: Config) -> int | None:
+    """Use all descriptors that the system allows: one a connection, idle ones too.  Returns how many; None: no limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * config.delivery.max_in_flight + DESCRIPTORS_LEAST
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -140,7 +178,12 @@ def _raise_descriptors(config: Config) -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
-    if soft != resource.RLIM_INFINITY and soft < config.delivery.max_in_flight + 64:
+    if soft == resource.RLIM_INFINITY:
+        return None
+    if soft < config.delivery.max_in_flight + DESCRIPTORS_KEPT:
         log.warning(
-            "fewer file descriptors than delivery.max_in_flight needs", descriptors=soft, needed=wanted
+            "fewer file descriptors than delivery.max_in_flight needs: fewer exchanges are made at once",
+            descriptors=soft,
+            needed=config.delivery.max_in_flight + DESCRIPTORS_KEPT,
         )
+    return soft

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hookd.commands.session import Failed, moment, options, print_json, with_connection
+from hookd.commands import completing
+from hookd.commands.session import Failed, given_secret, moment, options, print_json, with_connection
 from hookd.config import DURATION, duration
 
 if TYPE_CHECKING:
     import datetime
+    from collections.abc import Iterator
 
     import asyncpg
 
@@ -28,27 +30,34 @@ select hookd.send($1::text, $2::text, tenant => $3::text, idempotency_key => $4:
 
 
 @click.command()
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=completing.types)
 @click.option("--data", default="null", help="The payload: JSON, @FILE, or - for stdin.")
-@click.option("--tenant", default="default", show_default=True)
+@click.option(
+    "--tenant",
+    shell_complete=completing.tenants,
+    default="default",
+    show_default=True,
+    help="Whose endpoints get it.",
+)
 @click.option("--key", help="Idempotency key: the same key again sends nothing and prints the first id.")
 @click.option("--order-key", help="Events of one key reach an endpoint in order.")
 @click.option("--coalesce-key", help="A newer event replaces older ones that no attempt has been made for.")
 @click.option("--deliver-at", metavar="TIME", help="Not before: in 2h, or a time.")
 @click.option("--expires-at", metavar="TIME", help="Not after: in 2h, or a time.")
-@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE")
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="NAME:VALUE",
+    help="Sent along as an HTTP header, or @FILE, one a line; may be repeated.",
+)
 @options
 @click.pass_obj
 def send(
     invocation: Invocation, type_: str, data: str, tenant: str, key: str | None, order_key: str | None,
     coalesce_key: str | None, deliver_at: str | None, expires_at: str | None, headers: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """
-    Send an event, and print its id.
-
-    \b
-    hookd send user.created --data '{"id": 123}'
-    """  # noqa: D301 - click's mark for lines that stay
+    """Send an event, and print its id."""
     payload = _payload(data)
     given = header_map(headers)
 
@@ -90,9 +99,18 @@ def _coming(text: str | None) -> datetime.datetime | None:
     return at
 
 
+def _lines(headers: tuple[str, ...]) -> Iterator[str]:
+    for text in headers:
+        if text.startswith("@"):
+            # no header's name begins so
+            yield from filter(str.strip, (given_secret(text) or "").split("\n"))
+        else:
+            yield text
+
+
 def header_map(headers: tuple[str, ...]) -> dict[str, str]:
     """
-    Headers as they were typed.
+    Headers as they were typed, or as they stand in ``@FILE``, one a line.
 
     Raises:
         Failed: one is no header, or one that hookd sets itself.
@@ -100,7 +118,7 @@ def header_map(headers: tuple[str, ...]) -> dict[str, str]:
     from hookd.core.headers import check_headers  # noqa: PLC0415 - not for --help
 
     given: dict[str, str] = {}
-    for number, text in enumerate(headers, 1):
+    for number, text in enumerate(_lines(headers), 1):
         name, colon, value = text.partition(":")
         if not colon:
             # not repeated: it may be a credential without its name

@@ -212,6 +212,32 @@ def uuid_of(text: str, what: str = "id") -> UUID:
         ) from None
 
 
+async def endpoint_of(connection: asyncpg.Connection, text: str) -> UUID:
+    """
+    The endpoint whose id, or its beginning, was typed.
+
+    Raises:
+        Failed: it can be no id.
+        NotPossible: there is none, or more than one.
+    """
+    from hookd.postgres.lookup import endpoint_named  # noqa: PLC0415 - not for --help
+
+    try:
+        return await endpoint_named(connection, text)
+    except ValueError as problem:
+        raise Failed(str(problem), 2) from None
+
+
+async def event_of(connection: asyncpg.Connection, text: str) -> UUID:
+    """The same for an event."""
+    from hookd.postgres.lookup import event_named  # noqa: PLC0415 - not for --help
+
+    try:
+        return await event_named(connection, text)
+    except ValueError as problem:
+        raise Failed(str(problem), 2) from None
+
+
 def moment(text: str | None) -> datetime.datetime | None:
     """
     A point in time as it was typed: ``2h`` (ago), or a date with or without a time (UTC where no zone is given).
@@ -260,22 +286,23 @@ def print_json(value: Any) -> None:
 
 def print_table(rows: Iterable[Sequence[Any]], header: Sequence[str], empty: str) -> None:
     """Print rows under a header, or a sentence when there are none."""
+    from hookd.commands import drawing  # noqa: PLC0415 - not for --help
+
     cells = [[shown(value) for value in row] for row in rows]
     if not cells:
         click.echo(empty)
         return
-    widths = [max(len(line[n]) for line in [list(header), *cells]) for n in range(len(header))]
-    click.echo("  ".join(h.upper().ljust(w) for h, w in zip(header, widths, strict=True)).rstrip())
-    for line in cells:
-        click.echo("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+    drawing.show(drawing.table(cells, header, drawing.width_of_terminal()))
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
     """Print names and values, one a line; what is None is left out."""
+    from hookd.commands.drawing import printable  # noqa: PLC0415 - not for --help
+
     said = {k: v for k, v in fields.items() if v is not None and v != []}
     width = max(map(len, said), default=0)
     for name, value in said.items():
-        click.echo(f"{name.replace('_', ' ').ljust(width)}  {shown(value)}")
+        click.echo(f"{name.replace('_', ' ').ljust(width)}  {printable(shown(value))}")
 
 
 def shown(value: Any) -> str:

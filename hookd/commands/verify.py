@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     required=True,
     envvar="HOOKD_SECRET",
     metavar="S",
-    help="whsec_…, or the public key whpk_…, or @FILE; else $HOOKD_SECRET.",
+    help="@FILE, or whsec_… or the public key whpk_… itself; else $HOOKD_SECRET, which process lists do not show.",
 )
 @click.option(
     "--tolerance",

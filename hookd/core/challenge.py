@@ -11,12 +11,15 @@ document.
 Servers that send back whatever they are sent (echo services, error pages that quote the request) must not pass for a receiver
 that understood: an answer that repeats the request's type along with the challenge is refused.  Nor does an answer from
 elsewhere count, after a redirect: deliveries would go to the URL that redirects.
+
+A verified endpoint that has done nothing but fail for long is asked again before anything else goes there (``doubted``): the
+server, or the whole domain, may be somebody else's by now, and what waits for it is much.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hookd.core.bodies import rfc3339
@@ -30,9 +33,11 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from hookd.core.composer import Wire
-    from hookd.core.model import Endpoint, Outcome
+    from hookd.core.model import Endpoint, Outcome, RetryPolicy
 
 TYPE = "hookd.endpoint.verification"
+
+AGAIN = "asked again after failing for long"
 
 ANSWER_MOST = 16 * 1024
 """Characters of an answer that are looked through."""
@@ -45,6 +50,35 @@ class Verification:
     verified: bool
     reason: str = ""
     """Fit for a tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A challenge to be sent, and how to read what comes back."""
+
+    request: Request
+    challenge: str
+
+    def judge(self, outcome: Outcome) -> Verification:
+        """What an answer shows."""
+        return judge(outcome, self.request, self.challenge)
+
+
+def doubted(endpoint: Endpoint, policy: RetryPolicy, now: float) -> bool:
+    """Whether a verified endpoint has only failed for so long that it has to be asked again; ``now`` is wall time."""
+    failing_since, verified_at = endpoint.health.failing_since, endpoint.verified_at
+    if failing_since is None or verified_at is None:
+        return False
+    return now - max(failing_since, verified_at) >= policy.ask_again_after_s
+
+
+def unanswered(outcome: Outcome, said: Verification) -> Outcome:
+    """The outcome of an attempt that was a challenge and was not answered: never a success."""
+    if outcome.kind is not OutcomeKind.ANSWERED:
+        return outcome
+    if 200 <= outcome.status < 300:
+        return replace(outcome, kind=OutcomeKind.UNVERIFIED, reason=f"{AGAIN}: {said.reason}")
+    return replace(outcome, reason=AGAIN)
 
 
 def request(endpoint: Endpoint, wire: Wire, challenge: str, message_id: UUID, timestamp: int) -> Request:

@@ -113,6 +113,7 @@ class _Lane:
         "host",
         "idle",
         "listed",
+        "ours",
         "problem",
         "problem_mono",
         "queues",
@@ -140,6 +141,8 @@ class _Lane:
         self.used_mono = now
         self.problem = ""
         self.problem_mono = 0.0
+        self.ours = ""
+        """The fault of this machine for which it was held last; empty if it was for the host's."""
 
     def __repr__(self) -> str:
         return f"<lane {self.host} waiting={self.waiting} {self.gate!r}>"
@@ -161,7 +164,8 @@ class LaneState:
     waiting: int
     why: str
     """What waiting deliveries wait for: ``ready``, ``rate``, ``concurrency``, ``hold``, ``breaker``, ``endpoint`` (the limits
-    of its endpoints, or all are parked), ``share`` (of ``max_in_flight``); ``idle`` when none does."""
+    of its endpoints, or all are parked), ``share`` (of ``max_in_flight``), ``machine`` (a fault of this one); ``idle`` when
+    none does."""
     breaker_open: bool
     problem: str
     """The last failure, in words fit for a tenant; empty if there was none."""
@@ -274,6 +278,8 @@ class Lanes:
         if queue.gate is not None or (verdict.endpoint_failed and verdict.host is not HostSign.DOWN):
             parked = self._endpoint_finished(flight, verdict, now, success=success)
         lane.used_mono = now
+        if verdict.hold_lane_s:
+            lane.ours = verdict.reason if verdict.kind is VerdictKind.HOLD else ""
         if lane.cramped:
             lane.cramped = False
             del self._cramped[lane]
@@ -486,12 +492,13 @@ class Lanes:
                     lane.gate.breaker.probe_at - now if lane.gate.breaker.open else 0,
                 ),
                 waiting=lane.waiting,
-                why=self._why(lane, now),
+                why=why,
                 breaker_open=lane.gate.breaker.open,
-                problem=lane.problem,
-                problem_s=now - lane.problem_mono if lane.problem else 0.0,
+                problem=lane.ours if why == "machine" else lane.problem,
+                problem_s=now - lane.problem_mono if lane.problem and why != "machine" else 0.0,
             )
             for lane in self._shown
+            for why in (self._why(lane, now),)
         ]
 
     def _candidates(self) -> Iterable[_Lane]:
@@ -512,7 +519,7 @@ class Lanes:
         if not lane.waiting:
             return "idle"
         if lane.gate.hold_until > now:
-            return "hold"
+            return "machine" if lane.ours else "hold"
         if lane.gate.breaker.open:
             return "breaker"
         if lane.gate.permitted_at() > now:

@@ -115,6 +115,8 @@ class Endpoint:
     """Wall time when the next of ``secrets`` expires: the endpoint has to be read again then."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Headers that the subscriber asked for.  They may hold credentials, so they are not shown."""
+    verified_at: float | None = None
+    """Wall time when its URL answered a challenge last; None: it was not asked."""
 
 
 @dataclass(slots=True, eq=False)
@@ -173,6 +175,8 @@ class OutcomeKind(enum.StrEnum):
     """The connection ended after the request was sent and before the answer's headers were complete."""
     MALFORMED = "malformed"
     """What came is not an HTTP answer."""
+    UNVERIFIED = "unverified"
+    """It was asked again whether it wants to be called, and answered 2xx without repeating the challenge."""
     INVALID = "invalid"
     """The request cannot be built: a URL that does not parse, a header that could split a request."""
     OURS = "ours"
@@ -294,6 +298,8 @@ class RetryPolicy:
     jitter: float = 0.2
     """Each delay is multiplied by a factor from ``1 - jitter`` to ``1 + jitter``."""
     disable_after_s: float = 5 * 86400
+    ask_again_after_s: float = float("inf")
+    """A verified endpoint that has only failed for so long has to answer a challenge before its next delivery."""
 
 
 @dataclass(frozen=True, slots=True)

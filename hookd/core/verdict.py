@@ -55,6 +55,7 @@ BY_KIND = {
     OutcomeKind.TIMEOUT: Consequence.RETRY_SLOWER,
     OutcomeKind.CONNECTION_LOST: Consequence.RETRY_SLOWER,
     OutcomeKind.MALFORMED: Consequence.RETRY,
+    OutcomeKind.UNVERIFIED: Consequence.RETRY,
     OutcomeKind.INVALID: Consequence.HOPELESS,
     OutcomeKind.OURS: Consequence.HOLD,
 }
@@ -107,7 +108,13 @@ def judge(
         case Consequence.DELIVERED:
             return _DELIVERED
         case Consequence.HOLD:
-            return Verdict(VerdictKind.HOLD, describe(outcome), delay_s=OURS_DELAY_S * (0.5 + draw))
+            delay = OURS_DELAY_S * (0.5 + draw)
+            if outcome.fault is not None:
+                return Verdict(VerdictKind.HOLD, describe(outcome), delay_s=delay)
+            # the next one would meet the same: the lane waits with it, and tries fewer at once
+            return Verdict(
+                VerdictKind.HOLD, describe(outcome), delay_s=delay, hold_lane_s=delay, slow_lane=True
+            )
         case Consequence.GONE:
             return Verdict(
                 VerdictKind.EXHAUSTED,
@@ -127,12 +134,15 @@ def judge(
 
 _DELIVERED = Verdict(VerdictKind.DELIVERED, host=HostSign.ALIVE)
 
+WANTED = Verdict(VerdictKind.HOLD, host=HostSign.ALIVE)
+"""A challenge was answered: the delivery that it went ahead of goes at once."""
+
 
 def host_sign(outcome: Outcome) -> HostSign:
     """What an outcome says of the host."""
     if outcome.kind is OutcomeKind.ANSWERED:
         return HostSign.DOWN if outcome.status in HOLDING else HostSign.ALIVE
-    if outcome.kind is OutcomeKind.MALFORMED:
+    if outcome.kind in (OutcomeKind.MALFORMED, OutcomeKind.UNVERIFIED):
         return HostSign.ALIVE
     return HostSign.DOWN if outcome.kind in UNANSWERED else HostSign.NOTHING
 

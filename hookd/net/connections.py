@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 import ssl
 from collections import deque
@@ -42,18 +43,23 @@ the readable socket)."""
 
 SWEEP_S = 5.0
 
-OUR_FAULTS = frozenset(
-    {
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOBUFS,
-        errno.ENOMEM,
-        errno.EADDRNOTAVAIL,
-        errno.ENETUNREACH,
-        errno.ENETDOWN,
-    }
-)
+NO_DESCRIPTORS = "this machine allows hookd no more file descriptors (ulimit -n)"
+NO_MEMORY = "this machine has no memory left for connections"
+NO_ROUTE = "this machine has no route to the network"
+
+OUR_FAULTS = {
+    errno.EMFILE: NO_DESCRIPTORS,
+    errno.ENFILE: NO_DESCRIPTORS,
+    errno.ENOBUFS: NO_MEMORY,
+    errno.ENOMEM: NO_MEMORY,
+    errno.EADDRNOTAVAIL: "this machine has no local ports left for this host",
+    errno.ENETUNREACH: NO_ROUTE,
+    errno.ENETDOWN: NO_ROUTE,
+}
 """What no receiver can be blamed for."""
+
+ERRNO = re.compile(r"\[Errno (\d+)\]")
+"""aiohappyeyeballs puts the errors of several addresses into one text."""
 
 ADDRESSES_TRIED = 2
 """Of those that a name has, through a proxy."""
@@ -124,6 +130,8 @@ class _Vetted(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         resolution = await self._resolver.resolve(host)
+        if resolution.ours:
+            raise OSError(errno.ENETDOWN, resolution.problem)
         if not resolution.addresses:
             raise (AddressBlocked if resolution.blocked else OSError)(errno.EACCES, resolution.problem)
         return [
@@ -153,7 +161,9 @@ class Connections:
         context: ssl.SSLContext,
         mono: Callable[[], float],
         proxy: Proxy | None = None,
+        most: int | None = None,
     ) -> None:
+        """``most`` connections are held at once, idle ones too: what descriptors allow.  None: that is no limit."""
         self._resolver = resolver
         self._proxy = proxy
         self._rules = rules
@@ -172,7 +182,10 @@ class Connections:
         self.talking: set[Line] = set()
         """Lines on which an answer is awaited."""
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        self.most = most
         self.opened = 0
+        self._held = 0
+        """Those that are open or being opened."""
 
     def __repr__(self) -> str:
         return f"<Connections idle={sum(map(len, self._idle.values()))} opened={self.opened}>"
@@ -204,8 +217,20 @@ class Connections:
 
     async def open(self, target: Target) -> Line | ConnectFailure:
         """A new connection to a vetted address of the target.  The caller sets the deadline."""
-        if self._proxy is not None:
-            return await self._open_by(self._proxy, target)
+        if self.most is not None and self._held >= self.most and not self._drop_one():
+            return ConnectFailure(OutcomeKind.OURS, NO_DESCRIPTORS)
+        self._held += 1
+        opened = None
+        try:
+            opened = await (
+                self._open_by(self._proxy, target) if self._proxy is not None else self._open(target)
+            )
+        finally:
+            if not isinstance(opened, Line):
+                self._held -= 1
+        return opened
+
+    async def _open(self, target: Target) -> Line | ConnectFailure:
         dial: Any = _Dial(target, self._context)
         try:
             connection = await self._connector.connect(dial, [], NO_TIMEOUT)
@@ -233,7 +258,8 @@ class Connections:
 
     async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
         resolution = await self._resolver.resolve(target.host)
-        failure = ConnectFailure(OutcomeKind.DNS_FAILED, resolution.problem)
+        kind = OutcomeKind.OURS if resolution.ours else OutcomeKind.DNS_FAILED
+        failure = ConnectFailure(kind, resolution.problem)
         for address in resolution.addresses[:ADDRESSES_TRIED]:
             # once more, as a socket's address is: unless it is a name, which the proxy judges
             if not isinstance(self._resolver, ByProxy) and not classify(address, self._rules()).allowed:
@@ -255,9 +281,28 @@ class Connections:
 
     def _line(self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None]) -> Line:
         self.opened += 1
+        counted = True
+
+        def ended() -> None:
+            nonlocal counted
+            if counted:
+                counted = False
+                self._held -= 1
+            let_go()
+
         return Line(
-            transport, target.origin, let_go=let_go, mono=self._mono, talking=self.talking, keep=self.keep
+            transport, target.origin, let_go=ended, mono=self._mono, talking=self.talking, keep=self.keep
         )
+
+    def _drop_one(self) -> bool:
+        """Drop a connection that is idle; False if none is."""
+        while self._idle:
+            origin, lines = next(iter(self._idle.items()))
+            if lines:
+                lines.popleft().drop()
+                return True
+            del self._idle[origin]
+        return False
 
     def drop_idle(self) -> None:
         """Drop what is idle: the rules have changed."""
@@ -300,6 +345,8 @@ def connect_failure(error: Exception) -> ConnectFailure | None:
     match error:
         case aiohttp.ClientConnectorDNSError() if isinstance(error.os_error, AddressBlocked):
             return ConnectFailure(OutcomeKind.BLOCKED, str(error.os_error.strerror))
+        case aiohttp.ClientConnectorDNSError() if error.os_error.errno == errno.ENETDOWN:
+            return ConnectFailure(OutcomeKind.OURS, str(error.os_error.strerror))
         case aiohttp.ClientConnectorDNSError():
             reason = str(error.os_error.strerror or "the name could not be resolved")
             return ConnectFailure(OutcomeKind.DNS_FAILED, reason)
@@ -321,11 +368,14 @@ def connect_failure(error: Exception) -> ConnectFailure | None:
 def _system_failure(error: OSError) -> ConnectFailure:
     if isinstance(error, AddressBlocked) or TENANT_REASON in str(error):
         return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
-    if error.errno in OUR_FAULTS:
-        return ConnectFailure(OutcomeKind.OURS, "this machine could not open a connection")
-    if error.errno == errno.ECONNREFUSED or "Connect call failed" in str(error):
+    # of several addresses those that failed by themselves are to blame; without any it is this machine
+    codes = {error.errno} if error.errno else {int(n) for n in ERRNO.findall(str(error))}
+    theirs = codes - OUR_FAULTS.keys()
+    if codes and not theirs:
+        return ConnectFailure(OutcomeKind.OURS, OUR_FAULTS[min(codes)])
+    if errno.ECONNREFUSED in theirs:
         return ConnectFailure(OutcomeKind.CONNECT_REFUSED, "the connection was refused")
-    if error.errno == errno.ETIMEDOUT or isinstance(error, TimeoutError):
+    if errno.ETIMEDOUT in theirs or isinstance(error, TimeoutError):
         return ConnectFailure(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out")
     return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
 

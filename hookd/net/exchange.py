@@ -33,6 +33,7 @@ from hookd.core.request import Request, prepare_head
 from hookd.core.urls import Target, UrlProblem, parse_url
 from hookd.net.connections import SPOKE_FIRST, Connections
 from hookd.net.line import REDIRECTS, Line, reads_answers
+from hookd.net.resolver import NO_DNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -218,6 +219,8 @@ class Attempt:
             async with asyncio.timeout(left):
                 resolution = await exchange.resolver.resolve(target.host)
                 outcome.dns_ms = (exchange.mono() - begun) * 1000
+                if resolution.ours:
+                    raise _NotAsked(OutcomeKind.OURS, resolution.problem)
                 if resolution.blocked:
                     raise _NotAsked(OutcomeKind.BLOCKED, resolution.problem)
                 if resolution.problem:
@@ -225,6 +228,8 @@ class Attempt:
                 line = await exchange.connections.open(target)
         except TimeoutError:
             if outcome.dns_ms is None:
+                if await exchange.resolver.silent():
+                    raise _NotAsked(OutcomeKind.OURS, NO_DNS) from None
                 raise _NotAsked(OutcomeKind.DNS_FAILED, "the name's servers did not answer in time") from None
             raise _NotAsked(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out") from None
         if isinstance(line, ConnectFailure):
@@ -256,6 +261,7 @@ class HttpExchange:
         mono: Callable[[], float],
         context: ssl.SSLContext | None = None,
         proxy: Proxy | None = None,
+        connections_most: int | None = None,
     ) -> None:
         self.resolver = resolver
         self.options = options
@@ -264,7 +270,9 @@ class HttpExchange:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching = False
-        self.connections = Connections(resolver, rules, context or tls_context(""), mono, proxy)
+        self.connections = Connections(
+            resolver, rules, context or tls_context(""), mono, proxy, connections_most
+        )
 
     def __repr__(self) -> str:
         return f"<HttpExchange {self.connections!r}>"

@@ -7,7 +7,8 @@ A receiver for development: takes webhooks, says whether their signatures hold, 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -30,6 +31,7 @@ NOT_FORWARDED = frozenset({"host", "content-length", "transfer-encoding", "conne
 class Received:
     """One request, as it came and as it was answered."""
 
+    method: str
     path: str
     headers: dict[str, str]
     body: bytes = field(repr=False)
@@ -73,6 +75,8 @@ class Receiver:
         self._wall = wall
         self._draw = draw
         self._taken = 0
+        self.next_statuses: deque[int] = deque()
+        """What the next requests are answered with, whatever the manners say; then it is as before."""
         self._runner: web.AppRunner | None = None
         self._client: aiohttp.ClientSession | None = None
 
@@ -91,6 +95,15 @@ class Receiver:
             self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FORWARD_TIMEOUT_S))
         return int(self._runner.addresses[0][1])
 
+    def always(self, status: int) -> None:
+        """Answer with it from now on."""
+        self._manners = replace(self._manners, status=status, relents_after=None)
+
+    @property
+    def to_come(self) -> str:
+        """What the next requests are answered with, in words."""
+        return ", ".join([*map(str, self.next_statuses), f"then always {self._manners.status}"])
+
     async def stop(self) -> None:
         """Listen no more."""
         if self._client is not None:
@@ -107,7 +120,7 @@ class Receiver:
             reports = [verify(secret, request.headers, body, self._wall()) for secret in self._secrets]
             signed = any(report.valid for report in reports)
             problem = "" if signed else reports[0].explanation
-        received = Received(request.path_qs, dict(request.headers), body, signed, problem)
+        received = Received(request.method, request.path_qs, dict(request.headers), body, signed, problem)
         if self._manners.delay_s:
             await asyncio.sleep(self._manners.delay_s)
         answer = await self._answer(received)
@@ -116,6 +129,8 @@ class Receiver:
         return answer
 
     async def _answer(self, received: Received) -> web.Response:
+        if self.next_statuses:
+            return web.Response(status=self.next_statuses.popleft())
         if self._manners.fail_rate and self._draw() < self._manners.fail_rate:
             return web.Response(status=500, text="failed on request (--fail)\n")
         if received.signed is False:

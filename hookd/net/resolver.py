@@ -11,6 +11,11 @@ machine.  ``localhost`` is loopback by RFC 6761, without asking anybody.
 A long-lived c-ares channel learns how long answers take, and after some thousand quick ones gives up on a slow name
 after as little as 0.25 s, whatever ``timeout`` says (c-ares 1.32 and later; seen with 1.34.9).  So a time-out is asked
 again, once, on a fresh channel, which then takes the old one's place.
+
+A name whose servers do not answer is the name's fault; name servers of ours that answer nothing at all are not.  Where a
+name got no answer, and nothing else did of late, the name servers are asked for the root, which every one of them knows.
+While they are silent no name is waited for: once a second the root and one name that is wanted are asked for, and any
+answer to either, be it a refusal, ends the silence.
 """
 
 from __future__ import annotations
@@ -50,13 +55,34 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 NO_SUCH_NAME = frozenset({pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA})
 
+SAID_BY_A_SERVER = frozenset(
+    {
+        pycares.errno.ARES_ENODATA,
+        pycares.errno.ARES_EFORMERR,
+        pycares.errno.ARES_ESERVFAIL,
+        pycares.errno.ARES_ENOTFOUND,
+        pycares.errno.ARES_ENOTIMP,
+        pycares.errno.ARES_EREFUSED,
+        pycares.errno.ARES_EBADRESP,
+    }
+)
+"""After which it is known that one answers; all other errors may mean that nobody does."""
+
+NO_DNS = "no DNS server answers"
+
+LATELY_S = 5.0
+"""An answer as recent as this shows that name servers answer."""
+
+PROBE_S = 1.5
+"""How long the root is waited for, and how long between two such questions."""
+
 FAILURES = {
     pycares.errno.ARES_ENOTFOUND: "the name does not exist",
     pycares.errno.ARES_ENODATA: "the name has no address",
     pycares.errno.ARES_ESERVFAIL: "the name's servers failed",
     pycares.errno.ARES_EREFUSED: "the name's servers refused",
     pycares.errno.ARES_ETIMEOUT: "the name's servers did not answer",
-    pycares.errno.ARES_ECONNREFUSED: "no DNS server answers",
+    pycares.errno.ARES_ECONNREFUSED: NO_DNS,
 }
 
 
@@ -71,6 +97,8 @@ class Resolution:
     blocked: bool = False
     detail: str = ""
     """For the operator: which addresses were refused, and why."""
+    ours: bool = False
+    """No name server answers: nobody else is to blame."""
 
 
 @dataclass(slots=True)
@@ -78,6 +106,7 @@ class _Answer:
     addresses: tuple[str, ...]
     problem: str
     until: float
+    ours: bool = False
 
 
 class Resolver:
@@ -99,6 +128,12 @@ class Resolver:
         self._channel_born = 0.0
         self._retired: list[aiodns.DNSResolver] = []
         self.lookups = 0
+        self._heard_mono = float("-inf")
+        """When a name server answered last."""
+        self._silent = False
+        self._listening: asyncio.Task[bool] | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self._wanted = ""
 
     def __repr__(self) -> str:
         return f"<Resolver cached={len(self._cache)} asking={len(self._asking)}>"
@@ -107,9 +142,12 @@ class Resolver:
         """The addresses of a host that may be dialled; a name in the cache costs about 4 µs for each address."""
         answer = self._known(host)
         if answer is None:
+            if self._silent:
+                self._wanted = host
+                return Resolution(problem=NO_DNS, ours=True)
             answer = await self._ask_once(host)
         if answer.problem:
-            return Resolution(problem=answer.problem)
+            return Resolution(problem=answer.problem, ours=answer.ours)
         rules = self._rules()
         allowed = []
         refused = []
@@ -124,11 +162,26 @@ class Resolver:
             return Resolution(tuple(allowed), detail=detail)
         return Resolution(problem=TENANT_REASON, blocked=True, detail=detail)
 
+    async def silent(self) -> bool:
+        """Whether no name server answers anything; takes ``PROBE_S`` at most to find out."""
+        if self._silent or self._heard_mono > self._mono() - LATELY_S:
+            return self._silent
+        if self._listening is None or self._listening.done():
+            self._listening = asyncio.create_task(self._root_is_known())
+        if not await asyncio.shield(self._listening) and not self._silent:
+            self._silent = True
+            self._waiting = asyncio.create_task(self._wait_for_a_sign())
+            for task in self._asking.values():
+                if task is not asyncio.current_task():
+                    task.cancel()  # it would wait on into the time when they answer again
+        return self._silent
+
     async def close(self) -> None:
         """Ask nothing more."""
-        for task in self._asking.values():
+        tasks = [*self._asking.values(), *(t for t in (self._listening, self._waiting) if t is not None)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._retire()
         await self._close_retired()
 
@@ -155,6 +208,15 @@ class Resolver:
         return await asyncio.shield(task)
 
     async def _ask(self, host: str) -> _Answer:
+        try:
+            return await self._asked(host)
+        except asyncio.CancelledError:
+            if not self._silent:
+                raise
+            self._wanted = host
+            return _Answer((), NO_DNS, 0.0, ours=True)
+
+    async def _asked(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
         addresses = tuple(address for records, _ in found for address, _ in records[:ADDRESSES_MOST])
@@ -166,6 +228,8 @@ class Resolver:
             # of two failures the one that is not "no such record" says more
             code = next((code for _, code in found if code not in NO_SUCH_NAME), found[0][1])
             answer = _Answer((), FAILURES.get(code, "the name could not be resolved"), now + FAILURE_S)
+            if code not in SAID_BY_A_SERVER and await self.silent():
+                return _Answer((), NO_DNS, 0.0, ours=True)
         self._cache[host] = answer
         while len(self._cache) > CACHE_MOST:
             self._cache.popitem(last=False)
@@ -175,20 +239,59 @@ class Resolver:
 
     async def _query(self, host: str, kind: str) -> tuple[list[tuple[str, int]], int]:
         channel = self._current()
-        try:
-            return await self._query_on(channel, host, kind), 0
-        except UnicodeError:
-            return [], pycares.errno.ARES_EBADNAME
-        except aiodns.error.DNSError as error:
-            code = int(error.args[0])
+        found, code = await self._told(channel, host, kind)
         if code == pycares.errno.ARES_ETIMEOUT:
             if channel is self._channel:
                 self._retire()
+            found, code = await self._told(self._current(), host, kind)
+        return found, code
+
+    async def _told(
+        self, channel: aiodns.DNSResolver, host: str, kind: str
+    ) -> tuple[list[tuple[str, int]], int]:
+        try:
+            found, code = await self._query_on(channel, host, kind), 0
+        except UnicodeError:
+            return [], pycares.errno.ARES_EBADNAME
+        except aiodns.error.DNSError as error:
+            found, code = [], int(error.args[0])
+        if not code or code in SAID_BY_A_SERVER:
+            self._heard_mono = self._mono()
+        return found, code
+
+    async def _root_is_known(self) -> bool:
+        """Whether a name server answers when it is asked for the root's servers, whatever it answers."""
+        channel = self._new_channel(PROBE_S, tries=1)
+        try:
+            await channel.query_dns(".", "NS")
+        except aiodns.error.DNSError as error:
+            return int(error.args[0]) in SAID_BY_A_SERVER
+        finally:
+            await channel.close()
+        return True
+
+    async def _answered(self, channel: aiodns.DNSResolver, host: str) -> bool:
+        _, code = await self._told(channel, host, "A")
+        return not code or code in SAID_BY_A_SERVER
+
+    async def _wait_for_a_sign(self) -> None:
+        while self._silent:
+            begun = self._mono()
+            host = self._wanted
+            channel = self._new_channel(PROBE_S, tries=1)
             try:
-                return await self._query_on(self._current(), host, kind), 0
-            except aiodns.error.DNSError as error:
-                code = int(error.args[0])
-        return [], code
+                asked = [asyncio.create_task(self._root_is_known())]
+                if host:
+                    asked.append(asyncio.create_task(self._answered(channel, host)))
+                known = await asyncio.gather(*asked)
+            finally:
+                await channel.close()
+            if any(known):
+                self._heard_mono = self._mono()
+                self._silent = False
+                self._retire()  # what it has learned is that nobody answers
+                return
+            await asyncio.sleep(max(0.0, begun + PROBE_S - self._mono()))
 
     @staticmethod
     async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> list[tuple[str, int]]:
@@ -217,10 +320,10 @@ class Resolver:
         for channel in retired:
             await channel.close()
 
-    def _new_channel(self) -> aiodns.DNSResolver:
+    def _new_channel(self, timeout_s: float = QUERY_TIMEOUT_S, tries: int = 2) -> aiodns.DNSResolver:
         # "b": DNS only, without the hosts file
         return aiodns.DNSResolver(
-            nameservers=self._nameservers or None, timeout=QUERY_TIMEOUT_S, tries=2, lookups="b"
+            nameservers=self._nameservers or None, timeout=timeout_s, tries=tries, lookups="b"
         )
 
 

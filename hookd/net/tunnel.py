@@ -49,6 +49,10 @@ class ByProxy:
         """The name itself."""
         return Resolution((host,))
 
+    async def silent(self) -> bool:
+        """Nobody is asked."""
+        return False
+
     async def close(self) -> None:
         """Nothing is open."""
 

@@ -279,6 +279,8 @@ def why_in_lane(row: Pending, owner: Owner) -> str:
         return f"its host does not answer; the next probe goes {when}{_last_error(lane)}"
     if lane is not None and lane.why == "hold":
         return f"its host asked to be left alone for {span(lane.held_s)} more (Retry-After)"
+    if lane is not None and lane.why == "machine":
+        return f"{lane.problem}: nothing goes to its host until that is over; it is tried again every 1 to 3 s, and uses up no attempt"
     if row.parked_at is not None:
         return (
             f"its endpoint has been parked since {row.parked_at:%Y-%m-%d %H:%M:%S} UTC ({row.failing_reason}): one delivery"

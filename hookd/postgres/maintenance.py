@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres.connect import unavailable
+from hookd.postgres.connect import refused
+from hookd.postgres.registry import VERIFIED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from uuid import UUID
 
 TIMEOUT_S = 60.0
 
@@ -59,6 +61,10 @@ on conflict (id) do update
    set backend = excluded.backend, seen_at = excluded.seen_at, summary = excluded.summary
 """
 
+IMPATIENT = "select set_config('lock_timeout', '1s', false)"
+
+ECHO = "select pg_notify('hookd', $1)"
+
 THIN_KEY = "select key from hookd.thin_key"
 
 # Counted up to a bound: an exact count of a large backlog would cost more than all that is being looked at.
@@ -96,10 +102,18 @@ class Maintenance:
             (PURGE_IDEMPOTENCY, events_s),
             (PURGE_ENDPOINTS, events_s),
         ):
-            status = await self._run(self._connection.execute, statement, age)
-            deleted += int(status.rpartition(" ")[2])
-        await self._run(self._connection.execute, PURGE_NODES)
+            status = await self._unless_locked(self._connection.execute, statement, age)
+            deleted += int(status.rpartition(" ")[2]) if status else 0
+        await self._unless_locked(self._connection.execute, PURGE_NODES)
         return deleted
+
+    async def prepare(self) -> None:
+        """Wait for no lock for long: others wait for this connection."""
+        await self._run(self._connection.execute, IMPATIENT)
+
+    async def echo(self, payload: str) -> None:
+        """Notify the listeners."""
+        await self._run(self._connection.execute, ECHO, payload)
 
     async def set(self, settings: Mapping[str, str]) -> None:
         """Tell the database what it has to know of the configuration."""
@@ -107,15 +121,25 @@ class Maintenance:
 
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
-        await self._run(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+        await self._unless_locked(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+
+    async def note_verified(self, endpoint_id: UUID, url: str) -> None:
+        """An endpoint's URL has answered a challenge."""
+        await self._run(self._connection.execute, VERIFIED, endpoint_id, url)
 
     async def thin_key(self) -> bytes:
         """What signs the URLs of thin events."""
         return bytes(await self._run(self._connection.fetchval, THIN_KEY))
 
-    async def depth(self) -> dict[str, float]:
-        """How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is."""
-        row = await self._run(self._connection.fetchrow, DEPTH)
+    async def depth(self) -> dict[str, float] | None:
+        """
+        How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is.
+
+        None: somebody has locked the queue.
+        """
+        row = await self._unless_locked(self._connection.fetchrow, DEPTH)
+        if row is None:
+            return None
         return {name: float(value or 0) for name, value in row.items()}
 
     async def withdraw(self, node: str) -> None:
@@ -127,18 +151,30 @@ class Maintenance:
         self._connection.terminate()
 
     async def _locked(self, statement: str, *args: Any) -> str | None:
-        try:
-            name = await self._run(self._connection.fetchval, statement, *args)
-        except asyncpg.LockNotAvailableError:
-            return None
+        name = await self._unless_locked(self._connection.fetchval, statement, *args)
         return None if name is None else str(name)
 
+    async def _unless_locked(self, call: Any, *args: Any) -> Any:
+        """What it returns; None where a lock was not to be had: it is tried again at the next round."""
+        try:
+            return await self._asked(call, *args)
+        except asyncpg.LockNotAvailableError:
+            return None
+
     async def _run(self, call: Any, *args: Any) -> Any:
+        try:
+            return await self._asked(call, *args)
+        except asyncpg.LockNotAvailableError as error:
+            raise refused(error) or error from error
+
+    async def _asked(self, call: Any, *args: Any) -> Any:
         async with self._turn:
             try:
                 return await call(*args, timeout=TIMEOUT_S)
+            except asyncpg.LockNotAvailableError:
+                raise
             except Exception as error:
-                problem = unavailable(error)
+                problem = refused(error)
                 if problem is not None:
                     raise problem from error
                 raise

@@ -15,6 +15,8 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import asyncpg
 
 MIGRATION_LOCK = (1752133483, -1)
@@ -90,11 +92,13 @@ async def pending(connection: asyncpg.Connection) -> list[Migration]:
     return [m for m in known.values() if m.version not in applied]
 
 
-async def migrate(connection: asyncpg.Connection) -> list[Migration]:
+async def migrate(
+    connection: asyncpg.Connection, begins: Callable[[Migration, int], None] = lambda _migration, _left: None
+) -> list[Migration]:
     """
     Apply what is pending, each migration in its own transaction; returns what was applied.
 
-    Several daemons may call it at once: the advisory lock lets one work, and the others find nothing left.
+    ``begins`` is told of each as it begins, and how many are left with it.  Several daemons may call it at once: the advisory lock lets one work, and the others find nothing left.
 
     Raises:
         SchemaMismatch: see ``pending``.
@@ -105,7 +109,8 @@ async def migrate(connection: asyncpg.Connection) -> list[Migration]:
     try:
         await connection.execute(CREATE_RECORD)
         applied = await pending(connection)
-        for migration in applied:
+        for n, migration in enumerate(applied):
+            begins(migration, len(applied) - n)
             async with connection.transaction():
                 await connection.execute(RECORD, migration.version, migration.name, migration.checksum)
                 await connection.execute(migration.sql)

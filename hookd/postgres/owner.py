@@ -26,7 +26,9 @@ import asyncpg
 
 from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
 from hookd.core.shares import View
-from hookd.postgres.connect import unavailable
+from hookd.postgres.connect import DatabaseRefused, refused
+from hookd.postgres.migrate import SchemaMismatch, pending
+from hookd.postgres.pooler import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,6 +43,9 @@ TRUST_S = 2.0
 
 STATEMENT_TIMEOUT_S = 30.0
 
+LOOK_TIMEOUT_S = 5.0
+"""No table's lock keeps a server from looking at its locks: one that takes longer hangs."""
+
 MEMBER_LOCK_CLASS = SHARD_LOCK_CLASS + 1
 """Of the lock that every daemon shares, so that they find each other."""
 
@@ -49,6 +54,8 @@ JOIN = "select pg_advisory_lock_shared($1, 0)"
 RESIGN = "select pg_advisory_unlock_shared($1, 0)"
 
 SHARDS = "select id from hookd.shard order by id"
+
+BACKEND = "select pg_backend_pid()"
 
 # Who is there and who owns what is written nowhere: a lock is gone the moment its session is.
 LOOK = """
@@ -161,6 +168,8 @@ class OwnerSession:
         self._turn = asyncio.Lock()
         self.shards: set[int] = set()
         self._all: tuple[int, ...] = ()
+        self.backend = 0
+        """Process id of this session in PostgreSQL; asked for, because behind a pooler the one that the protocol tells is made up."""
         self.answered_mono = clock.mono()
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
@@ -176,11 +185,27 @@ class OwnerSession:
             format="tuple",
         )
         await self._run(as_number, timeout=None)
+        self.backend = await self._run(self._connection.fetchval, BACKEND)
 
-    @property
-    def backend(self) -> int:
-        """Process id of this session in PostgreSQL."""
-        return int(self._connection.get_server_pid())
+    async def check_schema(self) -> None:
+        """
+        See whether the schema is the one that this hookd knows: it may have changed while the database was away.
+
+        Raises:
+            DatabaseRefused: it is not; the message says what to do.
+        """
+        try:
+            missing = await self._run(pending, self._connection, timeout=None)
+        except SchemaMismatch as problem:
+            raise DatabaseRefused(str(problem)) from None
+        if missing:
+            raise DatabaseRefused(
+                f"the database lacks {len(missing)} migrations; run hookd migrate, or start hookd again"
+            )
+
+    def silent_s(self, now_mono: float) -> float:
+        """How long this session has not answered, beyond what its answers vouch for; 0 while they do."""
+        return max(0.0, now_mono - self.answered_mono - TRUST_S)
 
     def trusted(self, now_mono: float) -> bool:
         """Whether the locks can still be taken for held (rule 2)."""
@@ -197,7 +222,9 @@ class OwnerSession:
 
     async def look(self) -> View:
         """Who is there, and who owns what."""
-        rows = await self._run(self._connection.fetch, LOOK, SHARD_LOCK_CLASS, MEMBER_LOCK_CLASS)
+        rows = await self._run(
+            self._connection.fetch, LOOK, SHARD_LOCK_CLASS, MEMBER_LOCK_CLASS, timeout=LOOK_TIMEOUT_S
+        )
         me = self.backend
         return View(
             members=tuple(sorted(row["pid"] for row in rows if row["member"])),
@@ -225,7 +252,10 @@ class OwnerSession:
     async def probe(self) -> None:
         """Ask the server for a sign of life, if it gave none of late."""
         if self._clock.mono() - self.answered_mono > TRUST_S / 4 and not self._turn.locked():
-            await self._run(self._connection.fetchval, "select 1", timeout=TRUST_S)
+            backend = await self._run(self._connection.fetchval, BACKEND, timeout=TRUST_S)
+            if backend != self.backend:
+                self.lost.set()
+                raise DatabaseRefused(SHARED)
 
     async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None:
         """Hand rows of shards of ours to the shard that their endpoint has moved to, but not those ``under_way``."""
@@ -265,7 +295,7 @@ class OwnerSession:
                 else:
                     answer = await call(*args, timeout=timeout)
             except Exception as error:
-                problem = unavailable(error)
+                problem = refused(error)
                 if problem is not None:
                     self.lost.set()
                     self._connection.terminate()

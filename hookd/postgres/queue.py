@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health
 from hookd.core.reads import Arrivals, Place, Row, Snapshot
-from hookd.postgres.connect import unavailable
+from hookd.postgres.connect import refused
 from hookd.postgres.vault import opened
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ set enable_bitmapscan = off;
 set jit = off
 """
 
-LISTEN = "listen hookd"
+ECHO = "echo "
+"""What a notification begins with that a daemon sends to itself; to the others it means nothing."""
 
 # Of a row d that was not attempted: the newest of its coalesce key.
 REPLACED = """
@@ -181,7 +183,7 @@ SNAPSHOT = "select pg_current_snapshot()::text as snapshot, clock_timestamp() as
 
 ENDPOINT_COLUMNS = """
 select e.key, e.id, e.tenant, e.url, e.host, e.shard, e.state, e.state_reason, e.format, e.rate, e.concurrency,
-       e.ordered, e.failing_since, e.failing_reason, e.parked_at, e.former_shards,
+       e.ordered, e.failing_since, e.failing_reason, e.parked_at, e.verified_at, e.former_shards,
        array(select s.value from hookd.endpoint_secret s
               where s.endpoint = e.key and s.purpose = 'signing' and (s.expires_at is null or s.expires_at > now())
               order by s.id desc) as secrets,
@@ -235,7 +237,13 @@ FLAG_SLEEP = (
 class Queue:
     """The feed's connection."""
 
-    def __init__(self, connection: asyncpg.Connection, keyring: Callable[[], Keyring]) -> None:
+    def __init__(
+        self,
+        connection: asyncpg.Connection,
+        keyring: Callable[[], Keyring],
+        mono: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mono = mono
         self._connection = connection
         self._keyring = keyring
         self.unreadable: dict[UUID, str] = {}
@@ -243,11 +251,30 @@ class Queue:
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
         self.statements = 0
+        self.heard = ""
+        """The last notification to oneself, of whichever daemon."""
+        self._asked_mono: float | None = None
+
+    def waited_s(self) -> float:
+        """How long the read that is under way has been waited for; 0 without one."""
+        return 0.0 if self._asked_mono is None else self._mono() - self._asked_mono
 
     async def prepare(self, notified: Callable[[str], None]) -> None:
         """Pin the plans and listen; ``notified`` is called with the payload of each notification."""
         await self._run(self._connection.execute, PIN_PLANS)
-        await self._run(self._listen, notified)
+
+        def heard(_connection: object, _backend: int, _channel: str, payload: object) -> None:
+            text = str(payload)
+            if text.startswith(ECHO):
+                self.heard = text.removeprefix(ECHO)
+            else:
+                notified(text)
+
+        async def listen(*, timeout: float) -> None:  # noqa: ASYNC109 - as the driver's calls have it
+            async with asyncio.timeout(timeout):
+                await self._connection.add_listener("hookd", heard)
+
+        await self._run(listen)
 
     async def snapshot(self) -> tuple[Snapshot, float]:
         """The present snapshot, and the database's clock."""
@@ -344,21 +371,20 @@ class Queue:
         """End the session."""
         self._connection.terminate()
 
-    async def _listen(self, notified: Callable[[str], None], *, timeout: float) -> None:  # noqa: ASYNC109
-        async with asyncio.timeout(timeout):
-            await self._connection.add_listener("hookd", lambda _c, _p, _ch, payload: notified(payload))
-
     async def _run(self, call: Any, *args: Any) -> Any:
         self.statements += 1
+        self._asked_mono = self._mono()
         try:
             return await call(*args, timeout=READ_TIMEOUT_S)
         except Exception as error:
-            problem = unavailable(error)
+            problem = refused(error)
             if problem is not None:
                 self.lost.set()
                 self._connection.terminate()
                 raise problem from error
             raise
+        finally:
+            self._asked_mono = None
 
     def _endpoints(self, rows: Sequence[asyncpg.Record]) -> list[Endpoint]:
         keyring = self._keyring()
@@ -384,6 +410,7 @@ class Queue:
             secrets=found.signing,
             rotates_until=_epoch(r["rotates_until"]),
             headers=found.headers,
+            verified_at=_epoch(r["verified_at"]),
         )
 
     def _state(self, r: asyncpg.Record, unreadable: str | None) -> tuple[EndpointState, str | None]:

@@ -80,11 +80,18 @@ TOUCH = "update hookd.endpoint set updated_at = now() where key = $1"
 
 NOT_VERIFIED = "it has not answered a challenge yet"
 
-# A success ends the wait and nothing else: what was paused or disabled by hand stays so.
+DOUBTED = """
+select failing_since <= clock_timestamp() - make_interval(secs => $2) from hookd.endpoint where id = $1
+"""
+
+# A success ends the wait, and begins its health anew as resuming would; what was paused or disabled by hand stays so.
 VERIFIED = """
 update hookd.endpoint
    set verified_at = clock_timestamp(),
        state_reason = case when state = 'unverified' then null else state_reason end,
+       failing_since = case when state = 'unverified' then null else failing_since end,
+       failing_reason = case when state = 'unverified' then null else failing_reason end,
+       parked_at = case when state = 'unverified' then null else parked_at end,
        state = case when state = 'unverified' then 'active' else state end
  where id = $1 and url = $2 and state <> 'removed'
 returning key
@@ -353,17 +360,23 @@ async def resume(
     endpoint_id: UUID,
     missed: str = "none",
     *,
-    require_verification: bool = False,
+    ask_again_after_s: float | None = None,
 ) -> tuple[EndpointRecord, int]:
     """
     Let it receive again; returns how many missed deliveries were queued.
 
     ``missed`` says what a disabled endpoint gets of what it missed: ``all``, ``latest`` (one) or ``none``.  Where
-    verification is required, one that was never verified, or was disabled, has to answer a challenge first.
+    verification is required (``ask_again_after_s`` is not None), one that was never verified, was disabled, or has failed
+    for so long, has to answer a challenge first.
     """
     async with connection.transaction():
         before = await show(connection, endpoint_id)
-        if require_verification and (before.verified_at is None or before.state == "disabled"):
+        required = ask_again_after_s is not None
+        if required and (
+            before.verified_at is None
+            or before.state == "disabled"
+            or await connection.fetchval(DOUBTED, endpoint_id, ask_again_after_s)
+        ):
             record = await _set_state(connection, endpoint_id, "unverified", NOT_VERIFIED, STAYING)
         else:
             record = await _set_state(connection, endpoint_id, "active", None, STAYING)

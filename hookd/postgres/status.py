@@ -36,7 +36,8 @@ set local enable_seqscan = off;
 set local enable_bitmapscan = off;
 set local enable_hashjoin = off;
 set local enable_mergejoin = off;
-set local jit = off
+set local jit = off;
+set local lock_timeout = '3s'
 """
 
 NODES = """

@@ -53,6 +53,19 @@ def test_a_secret_that_you_have_is_taken_and_not_printed(cli: Cli, tmp_path: Pat
     assert made["secret"].startswith("whsec_")
 
 
+def test_headers_may_come_from_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "headers").write_text("authorization: Bearer planted\n\nx-env: prod\r\n")
+    add = ("endpoint", "add", "http://127.0.0.1:9000/", "--header")
+    (made,) = cli.json(*add, "@headers", "--header", "x-other: 1")
+    assert made["header_names"] == ["authorization", "x-env", "x-other"]
+    (tmp_path / "headers").write_text("Bearer planted\n")
+    assert "planted" not in (said := cli.fails(2, *add, "@headers"))
+    assert "number 1 has no colon" in said
+    assert "missing cannot be read" in cli.fails(2, *add, "@missing")
+    # what is typed is one header, whatever is in it
+    assert cli.fails(2, *add, "x-a: 1\nx-b: 2")
+
+
 def test_rotation_keeps_the_kind_unless_told_otherwise(cli: Cli) -> None:
     (made,) = cli.json("endpoint", "add", "http://127.0.0.1:9000/", "--key-type", "ed25519")
     (rotated,) = cli.json("endpoint", "rotate", made["id"])

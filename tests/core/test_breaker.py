@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,18 @@ from hypothesis import strategies as st
 
 from hookd.core.breaker import HOST, Breaker
 from hookd.core.lanes import Lanes
-from hookd.core.model import HostLimits, Outcome, OutcomeKind, Verdict, VerdictKind
-from hookd.core.verdict import host_sign
+from hookd.core.model import (
+    Endpoint,
+    EndpointKey,
+    HostLimits,
+    HostSign,
+    Outcome,
+    OutcomeKind,
+    RetryPolicy,
+    Verdict,
+    VerdictKind,
+)
+from hookd.core.verdict import host_sign, judge
 from tests.core.world import DELIVERED, FAILED, REFUSED, World, delivery
 
 HOUR = 3600.0
@@ -88,6 +99,20 @@ def test_what_is_down_and_what_is_alive() -> None:
     assert {sign(k) for k in no_exchange} == {"NOTHING"}
     rest = set(OutcomeKind) - no_exchange - {answered, OutcomeKind.MALFORMED}
     assert {sign(k) for k in rest} == {"DOWN"}
+
+
+def test_a_fault_of_this_machine_holds_the_lane_and_a_bug_only_its_delivery() -> None:
+    """The next delivery to the host would meet the same fault, and the one after it: all of the backlog, at once."""
+    endpoint = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a.example/", "a.example:80", 0)
+
+    def verdict(outcome: Outcome) -> Verdict:
+        return judge(outcome, delivery(1), endpoint, RetryPolicy(()), 0.0, 0.5)
+
+    held = verdict(Outcome(OutcomeKind.OURS, reason="no route"))
+    assert (held.kind, held.delay_s, held.hold_lane_s, held.slow_lane) == (VerdictKind.HOLD, 2.0, 2.0, True)
+    assert (held.host, held.endpoint_failed) == (HostSign.NOTHING, False)
+    bug = verdict(Outcome(OutcomeKind.OURS, fault=RuntimeError()))
+    assert (bug.kind, bug.hold_lane_s, bug.slow_lane) == (VerdictKind.HOLD, 0.0, False)
 
 
 def test_a_sign_of_life_between_failures_keeps_it_closed() -> None:

@@ -38,6 +38,7 @@ from hookd.core.model import (
 from hookd.core.signing import new_secret, parse_secret, sign, verify
 from hookd.core.urls import Target, UrlProblem, parse_url
 from hookd.core.verdict import BY_KIND, ending, judge, retry_after
+from tests.fuzzing import examples
 
 EVENT_ID = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
 
@@ -103,6 +104,7 @@ def test_urls_that_are_refused(text: str) -> None:
     assert problem.reason
 
 
+@examples(100)
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_url_parser(text: str) -> None:
     for candidate in (text, f"http://{text}", f"https://{text}/"):

@@ -7,8 +7,11 @@ import contextlib
 import datetime
 import json
 import signal
+import socket
+import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -20,7 +23,6 @@ from tests.receiver import OK, Call, Receiver, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 Start = "Callable[..., DaemonProcess]"
 
@@ -79,6 +81,72 @@ def test_a_second_signal_stops_at_once(dsn: str, start_daemon: Callable[..., Dae
 
     asyncio.run(go())
     assert daemon.said("stopped")[0]["cut_off"] == 1
+
+
+def test_systemd_is_told_what_it_waits_for(dsn: str, tmp_path: Path) -> None:
+    """Stopping as it begins to stop, not when it has; and at a start without a database that it is not to be killed for that."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        address = str(tmp_path / "notify")
+        listener.bind(address)
+        listener.settimeout(30)
+        said: list[str] = []
+
+        def wait_for(state: str) -> None:
+            while not any(state in s for s in said):
+                said.append(listener.recv(1000).decode())
+
+        nobody = DaemonProcess(
+            tmp_path, {"HOOKD_DATABASE__DSN": "postgresql://x@127.0.0.1:1/x", "NOTIFY_SOCKET": address}
+        )
+        daemon = nobody
+        try:
+            wait_for("EXTEND_TIMEOUT_USEC=")
+            wait_for("STATUS=waiting for the database")
+            assert nobody.stop() == 0
+            said.clear()
+            daemon = DaemonProcess(tmp_path, {"HOOKD_DATABASE__DSN": dsn, "NOTIFY_SOCKET": address})
+            wait_for("READY=1")
+            asyncio.run(_stops_with_one_in_flight(dsn, daemon, lambda: wait_for("STOPPING=1")))
+        finally:
+            nobody.kill()
+            daemon.kill()
+
+
+async def _stops_with_one_in_flight(
+    dsn: str, daemon: DaemonProcess, stopping_is_said: Callable[[], None]
+) -> None:
+    release = asyncio.Event()
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(OK)
+
+    async with Receiver(handle) as receiver:
+        await add_endpoint(dsn, receiver.url)
+        await send(dsn)
+        await receiver.wait_for_calls(1)
+        daemon.signal(signal.SIGTERM)
+        await asyncio.to_thread(stopping_is_said)
+        assert daemon.process.poll() is None
+        release.set()
+        assert await asyncio.to_thread(daemon.process.wait, 30) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what the limit is")
+def test_descriptors_are_raised_as_far_as_the_system_allows(dsn: str, tmp_path: Path) -> None:
+    daemon = DaemonProcess(
+        tmp_path, {"HOOKD_DATABASE__DSN": dsn}, ["sh", "-c", 'ulimit -S -n 150 && exec "$@"', "sh"]
+    )
+    try:
+        daemon.wait_ready()
+        limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+        soft, hard = line.split()[3:5]
+        assert int(soft) == min(int(hard), 2 * 2000 + 1024)
+        assert not daemon.said("fewer file descriptors")
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
 
 
 def test_kill_9_loses_nothing(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:

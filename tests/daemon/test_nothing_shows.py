@@ -78,6 +78,7 @@ def login(dsn: str) -> Any:
     run_sql(dsn, f"drop role {name}")
 
 
+@pytest.mark.timeout(600)  # a hundred processes: 50 s where nothing else runs
 def test_nothing_that_is_printed_anywhere_has_a_secret_in_it(
     dsn: str, login: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

@@ -7,14 +7,16 @@ import json
 import signal
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
 from hookd.core.challenge import TYPE, challenge_in
 from hookd.core.signing import verify
+from hookd.postgres import registry
 from tests.cli import Cli
 from tests.daemon.test_api import Client
-from tests.producing import fetch, send, wait_empty, wait_for_row
-from tests.receiver import Receiver, answer
+from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
+from tests.receiver import Receiver, always, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
     from tests.receiver import Call
+
+SOON = json.dumps(["500ms"] * 90)
 
 REQUIRED: dict[str, Any] = {"HOOKD_SECURITY__REQUIRE_VERIFICATION": "true"}
 
@@ -213,6 +217,95 @@ def test_a_disabled_one_is_asked_again_before_it_gets_what_it_missed(
             await in_thread(cli.ok, "endpoint", "verify", made["id"])
             await wait_empty(dsn)
             assert events(receiver) == [missed]
+
+    asyncio.run(go())
+
+
+async def fail_for_days(dsn: str) -> None:
+    """The endpoint was verified three days ago, and has failed for two."""
+    await fetch(
+        dsn,
+        """update hookd.endpoint
+              set verified_at = now() - interval '3 days', failing_since = now() - interval '2 days',
+                  failing_reason = 'answered 500', updated_at = now()""",
+    )
+
+
+def test_one_that_has_failed_for_long_is_asked_again_before_the_flood_goes(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    daemon = start_daemon(HOOKD_RETRY__SCHEDULE=SOON, **REQUIRED)
+
+    async def go() -> None:
+        willing = Willing(willing=True)
+        async with Receiver(willing) as receiver:
+            _, endpoint_id = await add_endpoint_with_id(dsn, receiver.url)
+            await fetch(dsn, "update hookd.endpoint set state = 'paused'")
+            sent = [await send(dsn) for _ in range(20)]
+            await fail_for_days(dsn)
+            # somebody else has the address now: whatever comes is welcome there
+            receiver.handle = always(answer(200))
+            await fetch(dsn, "update hookd.endpoint set state = 'active'")
+            reason = "asked again after failing for long: answered 200 without repeating the challenge"
+            await wait_for_row(
+                dsn,
+                "select 1 from hookd.attempt where outcome = 'unverified' and verdict = 'retry' and starts_with(reason, $1)",
+                reason,
+            )
+            assert events(receiver) == []
+            # and now it is the one that wants them
+            receiver.handle = willing
+            await wait_empty(dsn)
+            assert sorted(events(receiver)) == sorted(sent)
+            answered = daemon.wait_for("endpoint answered its challenge after failing for long")
+            assert answered["endpoint_id"] == str(endpoint_id)
+            await wait_for_row(
+                dsn,
+                """select 1 from hookd.endpoint
+                    where verified_at > now() - interval '1 hour' and failing_since is null and state = 'active'""",
+            )
+
+    asyncio.run(go())
+
+
+def test_resuming_one_that_has_failed_for_long_does_not_spare_it(dsn: str) -> None:
+    async def go() -> None:
+        _, endpoint_id = await add_endpoint_with_id(dsn, "http://127.0.0.1:9017/")
+        connection = await asyncpg.connect(dsn)
+        await fail_for_days(dsn)
+        for after_s, state in ((3 * 86400.0, "active"), (86400.0, "unverified"), (None, "active")):
+            await fail_for_days(dsn)
+            record, _ = await registry.resume(connection, endpoint_id, ask_again_after_s=after_s)
+            assert record.state == state
+        # an answer begins its health anew, or its next failure would be the end of five days of them
+        await fail_for_days(dsn)
+        await registry.resume(connection, endpoint_id, ask_again_after_s=86400.0)
+        record = await registry.note_verification(connection, endpoint_id, "http://127.0.0.1:9017/", None)
+        assert (record.state, record.failing_since, record.parked_at) == ("active", None, None)
+        # of one that is active it is only noted
+        await fail_for_days(dsn)
+        record = await registry.note_verification(connection, endpoint_id, "http://127.0.0.1:9017/", None)
+        assert record.failing_since is not None
+        await connection.close()
+
+    asyncio.run(go())
+
+
+def test_who_vouches_again_for_one_that_failed_for_long_spares_it_the_challenge(
+    dsn: str, cli: Cli, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    start_daemon(HOOKD_RETRY__SCHEDULE=SOON, **REQUIRED)
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            _, endpoint_id = await add_endpoint_with_id(dsn, receiver.url)
+            await fail_for_days(dsn)
+            sent = await send(dsn)
+            await wait_for_row(dsn, "select 1 from hookd.attempt where outcome = 'unverified'")
+            assert events(receiver) == []
+            await in_thread(cli.ok, "endpoint", "verify", str(endpoint_id), "--trust")
+            await wait_empty(dsn)
+            assert events(receiver) == [sent]
 
     asyncio.run(go())
 

@@ -316,6 +316,23 @@ def test_the_guard_sees_every_address_that_is_dialled() -> None:
     asyncio.run(go())
 
 
+def test_the_other_end_is_looked_at_before_the_first_byte() -> None:
+    """0.0.0.0 is dialled and 127.0.0.1 answers: no other layer can see that."""
+    rules = AddressRules(allow=(ipaddress.ip_network("0.0.0.0/32"),))
+
+    async def go() -> None:
+        async with Receiver() as receiver, exchange(rules) as http:
+            outcome = await http.send(request(f"http://0.0.0.0:{receiver.port}/"))
+            assert (outcome.kind, outcome.sent) == (OutcomeKind.BLOCKED, False)
+            async with asyncio.timeout(30):
+                while not receiver.connections:  # it did get that far
+                    await asyncio.sleep(0.005)
+            await receiver.wait_closed()
+            assert receiver.calls == []
+
+    asyncio.run(go())
+
+
 def test_rules_that_change_hold_for_idle_connections_too() -> None:
     rules = LOOPBACK
 

@@ -35,6 +35,7 @@ class Dns(asyncio.DatagramProtocol):
         self.ttl = 60
         self.delay_s = 0.0
         self.silent = False
+        self.silent_for: set[str] = set()
         self.asked: list[tuple[str, int]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -61,7 +62,7 @@ class Dns(asyncio.DatagramProtocol):
         )
         flags = 0x8180 if known else 0x8183
         reply = data[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0) + question + answers
-        if not self.silent:
+        if not self.silent and name not in self.silent_for:
             asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
 
 
@@ -241,3 +242,67 @@ def test_own_addresses_are_all_that_the_kernel_knows() -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as bound:
             bound.bind((str(address), 0))
+
+
+@with_dns
+async def test_a_name_without_an_answer_is_its_own_fault(dns: Dns, make: Callable[..., Resolver]) -> None:
+    """The name server answers, if only about something else."""
+    dns.silent_for = {"hangs.example"}
+    resolver = make()
+    http = HttpExchange(resolver, lambda: ALLOW, ExchangeOptions(), wall=time.time, mono=time.monotonic)
+    try:
+        outcome = await http.send(request("http://hangs.example/", connect_timeout_s=0.5))
+    finally:
+        await http.close()
+    assert (outcome.kind, outcome.reason) == (
+        OutcomeKind.DNS_FAILED, "the name's servers did not answer in time",
+    )  # fmt: skip
+    assert ("", 2) in dns.asked, "the root was asked for"
+
+
+@with_dns
+async def test_name_servers_that_say_nothing_are_nobodys_fault(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """Once that is known no name is waited for; one that is in the cache is still known; and any answer ends it."""
+    dns.records = {("a.example", A): ["127.0.0.2"], ("b.example", A): ["127.0.0.3"]}
+    clock = time.monotonic
+    jump = 0.0
+    resolver = make(mono=lambda: clock() + jump)
+    await resolver.resolve("b.example")
+    dns.silent = True
+    assert not await resolver.silent(), "something was heard of late"
+    jump = 6.0
+    assert await resolver.silent()
+    found = await resolver.resolve("a.example")
+    assert (found.problem, found.ours) == ("no DNS server answers", True)
+    assert (await resolver.resolve("b.example")).addresses == ("127.0.0.3",)
+    # a server that never answers for the root: the name that is wanted will do
+    dns.silent, dns.silent_for = False, {""}
+    async with asyncio.timeout(30):
+        while (found := await resolver.resolve("a.example")).ours:
+            await asyncio.sleep(0.05)
+    assert found.addresses == ("127.0.0.2",)
+    assert not await resolver.silent()
+
+
+@with_dns
+async def test_who_waits_when_name_servers_fall_silent_is_told(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """And does not wait on for a look-up of then, when they have long come back."""
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    dns.silent = True
+    resolver = make()
+    waiting = [asyncio.create_task(resolver.resolve("a.example")) for _ in range(3)]
+    while not dns.asked:
+        await asyncio.sleep(0.01)
+    assert await resolver.silent()
+    async with asyncio.timeout(8):
+        # their look-up by itself would take 20 s and more
+        assert [r.ours for r in await asyncio.gather(*waiting)] == [True] * 3
+    dns.silent = False
+    async with asyncio.timeout(30):
+        while (await resolver.resolve("a.example")).ours:
+            await asyncio.sleep(0.05)
+    assert (await resolver.resolve("a.example")).addresses == ("127.0.0.2",)

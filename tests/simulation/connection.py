@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from hookd.postgres.connect import CONNECT_TIMEOUT_S, DatabaseUnavailable
-from hookd.postgres.queue import LISTEN
 
-from .database import Blocked, Database, Session
+from .database import LISTEN, Blocked, Database, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -115,7 +114,7 @@ class Connections:
         self._link = link
         self.described = "postgresql://model"
 
-    async def connect(self, purpose: str) -> Connection:
+    async def connect(self, purpose: str, *, lasting: bool = False) -> Connection:
         """
         Open a session.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres import connect, maintenance, owner, queue
+from hookd.postgres import connect, maintenance, owner, queue, registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +31,9 @@ SLEEPS, WAKES = 2, 1
 """Of a sleeper."""
 
 PID_FIRST = 100
+
+LISTEN = "listen hookd"
+"""asyncpg's own statement."""
 
 
 class Blocked(Exception):
@@ -208,6 +211,7 @@ class Database:
             connect.KEEPALIVE: lambda *_: [],
             connect.CHECK_CLIENT: lambda *_: [],
             "select 1": lambda *_: [(1,)],
+            owner.BACKEND: lambda s, _: [(s.pid,)],
             owner.JOIN: self._join,
             owner.RESIGN: self._resign,
             owner.SHARDS: lambda *_: [{"id": n} for n in range(self.shards)],
@@ -223,7 +227,7 @@ class Database:
             owner.REPORT_DISABLED: self._report_disabled,
             owner.FORWARD: self._forward,
             queue.PIN_PLANS: lambda *_: [],
-            queue.LISTEN: self._listen,
+            LISTEN: self._listen,
             queue.ARRIVALS: self._arrivals,
             queue.ARRIVAL_PLACES: self._arrival_places,
             queue.REFILL_FRESH: self._refill_fresh,
@@ -244,6 +248,9 @@ class Database:
             queue.EVENTS: self._read_events,
             queue.BURIED_EVENTS: self._buried_events,
             queue.FLAG_SLEEP: self._flag_sleep,
+            maintenance.IMPATIENT: lambda *_: [],
+            maintenance.ECHO: self._echo,
+            registry.VERIFIED: lambda *_: [],
             maintenance.SET: lambda *_: [],
             maintenance.PUBLISH: lambda *_: [],
             maintenance.WITHDRAW: lambda *_: [],
@@ -606,6 +613,12 @@ class Database:
         session.listening = True
         return []
 
+    def _echo(self, _: Session, args: Sequence[Any]) -> list[Any]:
+        for session in list(self.sessions.values()):
+            if session.listening:
+                session.notify(args[0])
+        return []
+
     def _sorted(self) -> list[Delivery]:
         return sorted(self.deliveries.values(), key=_by_id)
 
@@ -744,7 +757,7 @@ class Database:
             {
                 "key": e.key, "id": e.id, "tenant": e.tenant, "url": e.url, "host": e.host, "shard": e.shard, "state": e.state,
                 "state_reason": e.state_reason, "format": None, "rate": e.rate, "concurrency": e.concurrency, "ordered": e.ordered,
-                "failing_since": e.failing_since, "failing_reason": e.failing_reason, "parked_at": e.parked_at,
+                "failing_since": e.failing_since, "failing_reason": e.failing_reason, "parked_at": e.parked_at, "verified_at": None,
                 "former_shards": list(e.former_shards), "secrets": [e.secret], "rotates_until": None, "headers": None,
             }
             for e in found

@@ -12,6 +12,7 @@ import hookd.daemon
 from hookd.core.addresses import AddressRules
 from hookd.core.lanes import Lanes
 from hookd.daemon import Daemon
+from hookd.postgres.owner import OwnerSession
 
 from .connection import Connections, Link
 from .network import ScriptedExchange
@@ -50,8 +51,23 @@ class SimulatedDaemon(Daemon):
     def _take_process(self) -> None:
         pass
 
+    @staticmethod
+    def _settle_heap() -> None:
+        pass
+
     def _address_rules(self) -> AddressRules:
         return RULES
+
+
+async def prepared() -> None:
+    """There is a schema."""
+
+
+class SimulatedOwner(OwnerSession):
+    """The model has no migrations."""
+
+    async def check_schema(self) -> None:
+        pass
 
 
 class Process:
@@ -94,7 +110,7 @@ class Process:
 
     async def _main(self) -> None:
         self.daemon = SimulatedDaemon(self)
-        self.exit_status = await self.daemon.run()
+        self.exit_status = await self.daemon.run(prepared)
         self.world.ended(self)
 
     def _complained(self, context: dict[str, Any]) -> None:
@@ -197,6 +213,7 @@ class DaemonLog:
 
 def log_to(world: World | None, before: Any = None) -> Any:
     """Let the daemon's log be the world's; returns what it was."""
+    vars(hookd.daemon)["OwnerSession"] = SimulatedOwner if world is not None else OwnerSession
     was = hookd.daemon.log
     hookd.daemon.log = DaemonLog(world) if world is not None else before
     return was

@@ -33,8 +33,8 @@ from hookd.core.model import (
 from hookd.core.sealing import PLAIN
 from hookd.postgres.history import REPLAY
 from hookd.postgres.owner import OwnerSession
-from hookd.postgres.queue import LISTEN, Queue
-from tests.simulation.database import Database
+from hookd.postgres.queue import Queue
+from tests.simulation.database import LISTEN, Database
 from tests.simulation.world import SECRET
 
 if TYPE_CHECKING:
