@@ -48,7 +48,7 @@ class Maintenance(Protocol):
 
     async def add_partition(self, parent: str) -> str | None: ...
     async def drop_partition(self, parent: str, older_than_s: float) -> str | None: ...
-    async def purge(self, *, dead_letters_s: float, events_s: float) -> int: ...
+    async def purge(self, *, dead_letters_s: float, events_s: float, attempts_s: float) -> int: ...
     async def set(self, settings: Mapping[str, str]) -> None: ...
     async def depth(self) -> dict[str, float] | None: ...
     async def examine(
@@ -73,7 +73,9 @@ async def keep_up(
                 report("dropped", dropped)
         purged = PURGE_SLICE
         while purged >= PURGE_SLICE:
-            purged = await maintenance.purge(dead_letters_s=kept.dead_letters_s, events_s=kept.events_s)
+            purged = await maintenance.purge(
+                dead_letters_s=kept.dead_letters_s, events_s=kept.events_s, attempts_s=kept.attempts_s
+            )
         await asyncio.sleep(ROUND_S * (0.9 + 0.2 * dice.draw()))
 
 

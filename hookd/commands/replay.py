@@ -10,10 +10,20 @@ import click
 
 from hookd.commands import completing
 from hookd.commands.inspect import find
-from hookd.commands.session import Failed, endpoint_of, event_of, moment, options, print_json, with_connection
+from hookd.commands.session import (
+    Failed,
+    endpoint_of,
+    event_of,
+    moment,
+    options,
+    print_json,
+    whoami,
+    with_connection,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from uuid import UUID
 
     import asyncpg
 
@@ -63,7 +73,7 @@ def replay(
     hookd replay --endpoint ID --since 7d --missing     what it never got, because it was registered later
     hookd replay --where "last_status = 404 and tenant = 'acme'" --dry-run
     """  # noqa: D301 - click's mark for lines that stay
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     selection = _selection(given, missing=missing)
 
@@ -75,10 +85,12 @@ def replay(
             return plan
         if len(plan.rows) > ASK_ABOVE and not yes and not invocation.json and sys.stdin.isatty():
             click.confirm("go on?", abort=True, err=True)
+        asked = {"missing": True} if missing else {}
+        await audit.record(connection, whoami(), "delivery.replay", *audit.of_selection(selection | asked))
         with click.progressbar(
             length=len(plan.rows), label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
-            async for total in history.queue(connection, plan.rows, rate=rate):
+            async for total in history.queue(connection, plan.pairs, rate=rate):
                 bar.update(total - plan.queued)
                 plan.queued = total
         return plan
@@ -135,6 +147,11 @@ class Plan:
         self.left_out = len(found) - len(self.rows)
         self.queued = 0
 
+    @property
+    def pairs(self) -> list[tuple[UUID, UUID]]:
+        """As ``history.queue`` takes them."""
+        return [row.pair for row in self.rows]
+
     def facts(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return {
@@ -174,7 +191,7 @@ def _announce(plan: Plan, *, dry_run: bool) -> None:
 @click.pass_obj
 def resend(invocation: Invocation, id_: str) -> None:
     """One event (to all its endpoints) or one delivery (by its number) again, now."""
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     async def work(connection: asyncpg.Connection, _config: Config) -> int:
         event_id, delivery_id = await find(connection, id_)
@@ -187,11 +204,14 @@ def resend(invocation: Invocation, id_: str) -> None:
                     f"delivery {delivery_id} was followed by a newer one; resend the event {event_id}"
                 )
             selection["endpoint"] = chosen[0]["endpoint_id"]
+        await audit.record(
+            connection, whoami(), "delivery.resend", *audit.of_selection(selection, delivery_id)
+        )
         queued = 0
         plan = Plan(await history.replayable(connection, selection))
         if plan.left_out and not plan.rows:
             raise Failed("its endpoint is disabled; `hookd endpoint resume ID` first")
-        async for total in history.queue(connection, plan.rows, urgent=True):
+        async for total in history.queue(connection, plan.pairs, urgent=True):
             queued = total
         return queued
 

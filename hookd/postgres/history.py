@@ -219,6 +219,11 @@ class Chosen:
     """What became of it; ``missing``: it was never owed."""
     endpoint_state: str
 
+    @property
+    def pair(self) -> tuple[UUID, UUID]:
+        """As ``queue`` takes it."""
+        return self.event_id, self.endpoint_id
+
 
 async def replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> list[Chosen]:
     """
@@ -286,13 +291,13 @@ async def missing(
 
 async def queue(
     connection: asyncpg.Connection,
-    chosen: Sequence[Chosen],
+    chosen: Sequence[tuple[UUID, UUID]],
     *,
     rate: float | None = None,
     urgent: bool = False,
 ) -> AsyncIterator[int]:
     """
-    Queue these again; yields how many were so far.
+    Queue events for endpoints again, as pairs of their ids; yields how many were so far.
 
     Each is a new delivery with the same webhook-id, whose attempts count from 1.  With ``rate`` each endpoint is given so many
     a second, by their due times.  ``urgent`` ones are treated like fresh events: for a few, by hand.
@@ -303,12 +308,12 @@ async def queue(
     for first in range(0, len(chosen), SLICE):
         part = chosen[first : first + SLICE]
         delays = []
-        for one in part:
-            delays.append(places[one.endpoint_id] / rate if rate else 0.0)
-            places[one.endpoint_id] += 1
+        for _, endpoint in part:
+            delays.append(places[endpoint] / rate if rate else 0.0)
+            places[endpoint] += 1
         async with connection.transaction():
             row = await connection.fetchrow(
-                REPLAY, [c.event_id for c in part], [c.endpoint_id for c in part], delays, start
+                REPLAY, [event for event, _ in part], [to for _, to in part], delays, start
             )
             assert row is not None
             if row["shards"]:
@@ -322,11 +327,14 @@ async def count_replayable(connection: asyncpg.Connection, selection: Mapping[st
     return len(await replayable(connection, selection))
 
 
-async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> AsyncIterator[int]:
+async def replay(
+    connection: asyncpg.Connection, selection: Mapping[str, Any], *, urgent: bool = False
+) -> AsyncIterator[int]:
     """
     Queue settled deliveries again; yields how many were queued so far.
 
     The selection is read once, so that a replay never meets its own results.
     """
-    async for queued in queue(connection, await replayable(connection, selection)):
+    found = await replayable(connection, selection)
+    async for queued in queue(connection, [one.pair for one in found], urgent=urgent):
         yield queued
