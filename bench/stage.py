@@ -74,13 +74,15 @@ class Stage:
         settings: Mapping[str, str] | None = None,
         dsn: str = "",
         target: str = "",
+        folder: Path | None = None,
     ) -> None:
-        """``settings``: of PostgreSQL, beyond those that hookd's own server has."""
+        """``settings``: of PostgreSQL, beyond those that hookd's own server has; ``folder``: one that may be kept."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
         self.own_core = cores[0] if len(cores) > 1 else None
         if len(cores) > 1:
             os.sched_setaffinity(0, set(cores[1:]))
-        self.folder = Path(tempfile.mkdtemp(prefix="hookd-bench-"))
+        self.folder = folder.absolute() if folder else Path(tempfile.mkdtemp(prefix="hookd-bench-"))
+        self.folder.mkdir(exist_ok=True)
         self.folder.chmod(0o755)
         self._databases = 0
         self._children: list[subprocess.Popen[str]] = []
@@ -116,8 +118,13 @@ class Stage:
         self._use(self._first_database)
         if settings:
             asyncio.run(self._alter_system(settings))
-            self.server.leave()
-            self.server = open_server(str(self.folder / "pg"))
+            self.restart_server()
+
+    def restart_server(self) -> None:
+        """So that changed settings hold."""
+        assert self.server is not None
+        self.server.leave()
+        self.server = open_server(str(self.folder / "pg"))
 
     async def _alter_system(self, settings: Mapping[str, str]) -> None:
         connection = await asyncpg.connect(self.dsn)
@@ -167,7 +174,8 @@ class Stage:
         self._receiver_host = parts.hostname
         self._allow = sorted({f"{info[4][0]}" for info in socket.getaddrinfo(parts.hostname, parts.port)})
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
+        """End everything; ``keep`` leaves the database in its folder."""
         for child in self._children:
             # only where a script failed: a daemon without a database would wait for one for ever
             if child.poll() is None:
@@ -180,7 +188,8 @@ class Stage:
             asyncio.run(self._drop_schema())
         if self.server is not None:
             self.server.leave()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _drop_schema(self) -> None:
         connection = await asyncpg.connect(self.dsn)

@@ -45,6 +45,7 @@ from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import ECHO, Queue
 from hookd.recorder import Recorder
 from hookd.systemd import notify
+from hookd.tally import Counted, Tally
 from hookd.upkeep import Retention, keep_up, measure, publish
 from hookd.verification import ask, question
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from uuid import UUID
 
+    from hookd.clock import Clock, Dice
     from hookd.config import Config
     from hookd.core.addresses import AddressRules
     from hookd.core.challenge import Verification
@@ -136,9 +138,12 @@ class Daemon:
         database: Database,
         reload: Callable[[], Config | None],
         connections_most: int | None = None,
+        clock: Clock | None = None,
+        dice: Dice | None = None,
     ) -> None:
         """
-        ``reload`` reads the configuration again; None when it is bad, which it has said already.
+        ``reload`` reads the configuration again; None when it is bad, which it has said already.  Without ``clock`` and
+        ``dice`` they are the system's.
 
         ``connections_most`` to receivers are open at once, idle ones too; None: as many as there are.
 
@@ -149,8 +154,8 @@ class Daemon:
         self.keyring = read_keyring(config.security.master_key_file)
         self._database = database
         self._reload = reload
-        self._clock = SystemClock()
-        self._dice = SystemDice()
+        self._clock = clock or SystemClock()
+        self._dice = dice or SystemDice()
         self._throttle = Throttle(self._clock.mono)
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
@@ -161,6 +166,7 @@ class Daemon:
         self.depth: dict[str, float] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._over = False
         self._outage = Outage(self._clock.mono)
         self._stall = ""
         self._stalled_mono = 0.0
@@ -177,22 +183,9 @@ class Daemon:
         self.rules = self._address_rules()
         self._connections_most = connections_most
         self.lanes = Lanes(config.default_limits(), config.host_limits(), max_in_flight=self._at_once())
-        self.resolver = (
-            ByProxy()
-            if config.network.proxy_resolves
-            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
-        )
-        self.exchange = HttpExchange(
-            self.resolver,
-            lambda: self.rules,
-            self._options(),
-            wall=self._clock.wall,
-            mono=self._clock.mono,
-            context=tls_context(config.network.ca_file),
-            proxy=config.egress_proxy(),
-            connections_most=connections_most,
-        )
+        self.resolver, self.exchange = self._network()
         self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
+        self.tally = Tally(self.node)
         self.dispatcher = Dispatcher(
             self.lanes,
             self.exchange,
@@ -208,8 +201,28 @@ class Daemon:
             report=self._reported,
             fault=self._faulty,
             ours=self._held_back,
+            dropped=self._dropped,
             verified=self._verified,
         )
+
+    def _network(self) -> tuple[Resolver | ByProxy, HttpExchange]:
+        config = self.config
+        resolver = (
+            ByProxy()
+            if config.network.proxy_resolves
+            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
+        )
+        exchange = HttpExchange(
+            resolver,
+            lambda: self.rules,
+            self._options(),
+            wall=self._clock.wall,
+            mono=self._clock.mono,
+            context=tls_context(config.network.ca_file),
+            proxy=config.egress_proxy(),
+            connections_most=self._connections_most,
+        )
+        return resolver, exchange
 
     # Life.
 
@@ -219,7 +232,7 @@ class Daemon:
 
         ``prepare`` is waited for first: it reaches the database and sees to its schema.  What it raises is raised.
         """
-        self._handle_signals()
+        self._take_process()
         stop = asyncio.create_task(self._stop.wait())
         tasks: list[asyncio.Task[Any]] = [stop]
         try:
@@ -230,9 +243,7 @@ class Daemon:
                 return 0
             preparing.result()
             self.prepared = True
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(*GC_THRESHOLDS)
+            self._settle_heap()
             tenures = asyncio.create_task(self._tenures())
             tasks += [tenures, asyncio.create_task(self._keep_rules())]
             await asyncio.wait({tenures, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -240,6 +251,7 @@ class Daemon:
                 tenures.result()
             return await self._wind_down()
         finally:
+            self._over = True
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -251,7 +263,19 @@ class Daemon:
             self._stop_now.set()
         self._stop.set()
 
-    def _handle_signals(self) -> None:
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains: what waits for more to come should end."""
+        return self._stop.is_set()
+
+    @staticmethod
+    def _settle_heap() -> None:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+
+    def _take_process(self) -> None:
+        """Signals come to the process, and here."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
@@ -295,6 +319,9 @@ class Daemon:
         await self.recorder.empty()
         if self.tenure is not None:
             with contextlib.suppress(DatabaseUnavailable):
+                await self.tally.write(
+                    self.tenure.maintenance, self._clock.wall(), self._tallied(), last=True
+                )
                 await self.tenure.maintenance.withdraw(self.node)
 
     # Tenures.
@@ -317,6 +344,8 @@ class Daemon:
             self._stall_said = False
             self._say_lost(problem, fault, refused=refused)
             self.dispatcher.forget_all()
+            if self._over:
+                return  # a task group that fails in the moment in which it is cancelled raises the failure alone
             lasted = self._clock.mono() - begun
             delay = RECONNECT_FIRST_S if lasted > STEADY_S else min(RECONNECT_MOST_S, delay * 2)
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
@@ -327,7 +356,9 @@ class Daemon:
             stack.push_async_callback(owner.close)
             await owner.check_schema()
             await owner.prepare()
-            queue = Queue(await self._database.connect("feed", lasting=True), lambda: self.keyring)
+            queue = Queue(
+                await self._database.connect("feed", lasting=True), lambda: self.keyring, self._clock.mono
+            )
             stack.push_async_callback(queue.close)
             maintenance = Maintenance(await self._database.connect("upkeep", lasting=True))
             stack.push_async_callback(maintenance.close)
@@ -359,6 +390,7 @@ class Daemon:
                     group.create_task(self._listen_to_itself(queue, maintenance))
                     group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
                     group.create_task(measure(maintenance, self._measured))
+                    group.create_task(self.tally.keep(maintenance, self._clock.wall, self._tallied))
                     group.create_task(
                         publish(maintenance, self.node, self.started_at, lambda: owner.backend, self._summary)
                     )
@@ -570,6 +602,10 @@ class Daemon:
         if self.tenure is not None:
             self.tenure.feed.room(started)
 
+    def _dropped(self, delivery: Delivery) -> None:
+        if self.tenure is not None:
+            self.tenure.feed.settled((), (), dropped=(delivery,))
+
     def _retention(self) -> Retention:
         kept = self.config.retention
         return Retention(kept.attempts, kept.events, kept.dead_letters)
@@ -580,6 +616,10 @@ class Daemon:
             "delivery.format": self.config.delivery.format,
             "security.unverified": self.config.security.unverified,
         }
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock.wall()
 
     async def ask(self, endpoint: Endpoint) -> Verification:
         """Ask an endpoint whether it wants to be called."""
@@ -624,6 +664,18 @@ class Daemon:
                 "at": self._clock.wall(),
             }
         ).decode()
+
+    def _tallied(self) -> Counted:
+        counts, depth = self.dispatcher.counts, self.depth
+        return Counted(
+            counts.verdicts,
+            counts.outcomes,
+            counts.attempt_s,
+            counts.lag_s,
+            pending=int(depth.get("fresh", 0) + depth.get("scheduled", 0)),
+            oldest_s=depth.get("oldest_s", 0.0),
+            in_flight=len(self.dispatcher.in_flight()),
+        )
 
     # What the parts report.
 
@@ -705,6 +757,7 @@ class Daemon:
         self.depth = depth
 
     def _reported(self, result: Result) -> None:
+        self.tally.count(result)
         kind, verdict = result.verdict.kind, result.verdict
         ordinary = kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
         if ordinary and self.config.log.level != "debug" and result.health is None:

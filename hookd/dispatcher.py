@@ -43,7 +43,7 @@ from hookd.core.verdict import WANTED, ending, judge
 from hookd.pacing import WAIT_MOST_S, Pacer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from hookd.clock import Clock, Dice
     from hookd.core.challenge import Question
@@ -61,9 +61,6 @@ TURN_MOST = 100
 
 CLASSES = tuple(f"{n}xx" for n in range(10))
 """Answers, as metrics count them; a status has three digits."""
-
-UNSERVED_S = 0.5
-"""How soon to look again for the endpoint of one that is held."""
 
 FENCE_RETRY_S = 0.05
 """How soon to ask again when nothing may start."""
@@ -148,6 +145,7 @@ class Dispatcher:
         report: Callable[[Result], None],
         fault: Callable[[Delivery, Exception], None],
         ours: Callable[[str], None],
+        dropped: Callable[[Delivery], None],
         verified: Callable[[Endpoint], None],
     ) -> None:
         """
@@ -155,6 +153,7 @@ class Dispatcher:
 
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
         ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for;
+        ``dropped``: it was let go of without a result, because nothing is known of its endpoint any more;
         ``verified``: an endpoint has answered its challenge.
         """
         self._lanes = lanes
@@ -171,6 +170,7 @@ class Dispatcher:
         self._report = report
         self._fault = fault
         self._ours = ours
+        self._dropped = dropped
         self._verified = verified
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._preparers: dict[EndpointKey, Preparer] = {}
@@ -246,6 +246,11 @@ class Dispatcher:
     def waiting(self, key: EndpointKey) -> int:
         """Deliveries of an endpoint that wait in memory."""
         return self._lanes.waiting(key)
+
+    def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]:
+        """Deliveries of these endpoints that are in flight, held, or not written yet."""
+        known = [d for d, _, _ in self._in_flight.values()] + [d for d, _ in self._held.values()]
+        return [d.id for d in known + self._recorder.unwritten() if d.endpoint in keys]
 
     def total_waiting(self) -> int:
         """Deliveries that wait in memory."""
@@ -324,14 +329,15 @@ class Dispatcher:
             self._wake_at(now + FENCE_RETRY_S, now)
             return
         free = min(TURN_MOST, self.max_in_flight - len(self._in_flight))
-        if free > 0:
-            ready = self._lanes.ready(now, free)
-            under_way = sum([self._start(delivery) for delivery in ready])
-            if under_way < len(ready) or len(ready) == TURN_MOST:
-                # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
-                self.poke()
-            if ready:
-                self.room(ready)
+        if free <= 0:
+            return  # the first exchange to end asks for a turn; a lane whose time has come would ask again and again
+        ready = self._lanes.ready(now, free)
+        under_way = sum([self._start(delivery) for delivery in ready])
+        if under_way < len(ready) or len(ready) == TURN_MOST:
+            # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
+            self.poke()
+        if ready:
+            self.room(ready)
         wake_at = self._lanes.next_wake(now)
         if wake_at is not None:
             self._wake_at(wake_at, now)
@@ -429,7 +435,10 @@ class Dispatcher:
         parked = self._lanes.finished(delivery, verdict, now)
         if verdict.kind is VerdictKind.HOLD:
             self._ours(verdict.reason)
-            self._hold(delivery, verdict.delay_s)
+            if delivery.endpoint in self._endpoints:
+                self._hold(delivery, verdict.delay_s)
+            else:
+                self._dropped(delivery)
             return
         result = Result(delivery, delivery.endpoint, outcome, verdict, written_wall=wall)
         self._note_health(result, endpoint, wall, parked=parked)
@@ -460,8 +469,7 @@ class Dispatcher:
         if delivery.endpoint in self._endpoints:
             self.admit(delivery)
         else:
-            # the session was lost while it was under way: the next one has not read its endpoint yet
-            self._hold(delivery, UNSERVED_S)
+            self._dropped(delivery)
 
     def _end(self, delivery: Delivery, verdict: Verdict) -> None:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))

@@ -43,7 +43,7 @@ from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, Endpoi
 from hookd.core.states import States
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable, Sequence
+    from collections.abc import Awaitable, Collection, Iterable, Sequence
 
     from hookd.clock import Clock
     from hookd.core.reads import Arrivals, Row, Snapshot
@@ -120,7 +120,7 @@ class Reads(Protocol):
 class Forwarder(Protocol):
     """Hands rows to the shard that their endpoint has moved to (``postgres.owner``)."""
 
-    async def forward(self, endpoints: Iterable[EndpointKey]) -> None: ...
+    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None: ...
 
 
 class Line(Protocol):
@@ -132,6 +132,7 @@ class Line(Protocol):
     def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]: ...
     def withdraw_one(self, key: EndpointKey, delivery_id: DeliveryId) -> Delivery | None: ...
     def waiting(self, key: EndpointKey) -> int: ...
+    def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]: ...
     def total_waiting(self) -> int: ...
     def backed_up(self) -> bool: ...
 
@@ -185,6 +186,10 @@ class Feed:
         """Endpoints with rows that have fallen due and perhaps room."""
         self._full: set[EndpointKey] = set()
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
+        self._moved: set[EndpointKey] = set()
+        """Endpoints with rows of ours that are to be forwarded."""
+        self._behind: dict[tuple[EndpointKey, str], DeliveryId] = {}
+        """Order keys whose oldest row is still in another shard, where it may end without a word to us."""
         self._heads = Heads()
         self._states = States()
         self._unread_shards: set[int] = set()
@@ -271,7 +276,8 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-        if self._heads or self._states or self._hungry or self._dues or self._due_now:
+            self._read_again(delivery)
+        if self._moved or self._heads or self._states or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -303,6 +309,7 @@ class Feed:
                 self._endpoints_asked = False
                 endpoints_read = now
                 await self._read_endpoints()
+                self._look_behind()
             if active:
                 quiet_since = now
                 brought.append(now)
@@ -326,15 +333,21 @@ class Feed:
 
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
-        brought = await self._read_arrivals()
+        if self._moved:
+            moved, self._moved = self._moved, set()
+            # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
+            await self._forwarder.forward(moved, self._line.under_way(moved))
+        following = self._heads.following()
+        ahead = await self._take_heads(self._reads.heads(following), ordered=True) if following else []
+        brought = await self._read_arrivals(ahead)
         if self._states:
             latest = self._reads.latest(self._states.demands())
             brought |= await self._read_heads(latest, ordered=False)
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
-        if self._heads:
-            heads = self._reads.heads(self._heads.demands())
-            brought |= await self._read_heads(heads, ordered=True)
+        demands = self._heads.demands()
+        if demands:
+            brought |= await self._read_heads(self._reads.heads(demands), ordered=True)
         replacing = self._states.replacing()
         if replacing:
             await self._read_replaced(replacing)
@@ -376,28 +389,50 @@ class Feed:
             self._since, db_now = await self._reads.snapshot()
             self._endpoints_since = self._since
             self._db_offset = db_now - self._clock.mono()
+        self._heads.doubt()
         fresh, due = await self._reads.recover()
         await self._know({*fresh, *(key for key, _ in due)})
-        moved: set[EndpointKey] = set()
         for key in fresh:
-            if self._ours(key, moved):
+            if self._ours(key):
                 self._lower_place(key, 0)
         for key, due_at in due:
-            if self._ours(key, moved):
+            if self._ours(key):
                 self._due(key, due_at)
-        if moved:
-            await self._forwarder.forward(moved)
         self.recovered.set()
 
-    def _ours(self, key: EndpointKey, moved: set[EndpointKey]) -> bool:
+    def _ours(self, key: EndpointKey) -> bool:
+        """Whether an endpoint is in a shard that is read; if it has left one, its rows there are to be forwarded."""
         endpoint = self._line.served(key)
         if endpoint is None:
             return False
         if endpoint.shard in self.shards:
             return True
         if self.shards.intersection(endpoint.former_shards):
-            moved.add(key)
+            self._moved.add(key)
         return False
+
+    def _in_place(self, row: Row) -> bool:
+        """Whether a row is in the shard of its endpoint, and that is read; if only the latter, it is to be forwarded."""
+        endpoint = self._line.served(row.endpoint)
+        if endpoint is None or row.shard not in self.shards:
+            return False
+        if self._placed(endpoint, row.shard):
+            return True
+        self._moved.add(row.endpoint)
+        self._wake.set()
+        return False
+
+    @staticmethod
+    def _placed(endpoint: Endpoint, shard: int) -> bool:
+        """Whether a row of this shard may be sent; of an endpoint that was removed nothing is."""
+        return endpoint.shard == shard or endpoint.state is EndpointState.REMOVED
+
+    def _look_behind(self) -> None:
+        """Ask again for the heads that were another owner's."""
+        behind, self._behind = self._behind, {}
+        for key, row in behind.items():
+            self._heads.met(key, row)
+            self._wake.set()
 
     def _leave_now(self) -> None:
         left, self._left_shards = self._left_shards, set()
@@ -434,9 +469,9 @@ class Feed:
             self._all_endpoints_asked = False
             changed += await self._reads.endpoints_of(self.shards)
         for endpoint in changed:
-            await self._endpoint_changed(endpoint)
+            self._endpoint_changed(endpoint)
 
-    async def _endpoint_changed(self, endpoint: Endpoint) -> None:
+    def _endpoint_changed(self, endpoint: Endpoint) -> None:
         before = self._endpoints.get(endpoint.key)
         served = self._line.served(endpoint.key)
         if before == endpoint and served is not None and served.health == endpoint.health:
@@ -449,21 +484,28 @@ class Feed:
             if before is not None:
                 self._serve(endpoint)
             if self.shards.intersection(endpoint.former_shards):
-                await self._forwarder.forward([endpoint.key])
+                self._moved.add(endpoint.key)
+                self._wake.set()
             return
         waiting = self._line.withdraw(endpoint.key)
         self._serve(endpoint)
-        if endpoint.state is EndpointState.PAUSED:
-            for delivery in waiting:
+        for delivery in waiting:
+            # what is in the shard that it has left comes back when it was forwarded
+            if endpoint.state is EndpointState.PAUSED or not self._placed(endpoint, delivery.shard):
                 self._forget(delivery)
-        else:
-            for delivery in waiting:
+            else:
                 self._line.admit(delivery)
-        if before is not None and before.state is not endpoint.state:
-            # read anew from the start: a pause let go of what was in memory, an ending takes all
-            self._backlogs[endpoint.key] = Backlog()
-            self._lower_place(endpoint.key, 0)
-            self._due(endpoint.key, 0.0)
+        if before is None or (before.state is endpoint.state and before.shard == endpoint.shard):
+            return
+        if before.shard != endpoint.shard:
+            self._moved.add(endpoint.key)
+        # read anew from the start: a pause let go of what was in memory, an ending takes all, and rows may have arrived in
+        # this shard while it was thought to be in another
+        self._backlogs[endpoint.key] = Backlog()
+        self._heads.doubt({endpoint.key})
+        self._lower_place(endpoint.key, 0)
+        self._due(endpoint.key, 0.0)
+        self._wake.set()
 
     def _serve(self, endpoint: Endpoint) -> None:
         self._endpoints[endpoint.key] = endpoint
@@ -485,7 +527,7 @@ class Feed:
             if self._line.served(endpoint.key) is None:
                 self._serve(endpoint)
             else:
-                await self._endpoint_changed(endpoint)
+                self._endpoint_changed(endpoint)
         for key in wanted:
             if self._line.served(key) is None:
                 # deleted behind our back: its deliveries end as cancelled
@@ -501,36 +543,52 @@ class Feed:
 
     # Reads.
 
-    async def _read_arrivals(self) -> bool:
+    async def _read_arrivals(self, ahead: Sequence[Row]) -> bool:
+        """Whether there were any.  ``ahead`` are heads that were read before: they go in unless an older one has come now."""
         assert self._since is not None
         self._reading = True
         arrivals = await self._reads.arrivals(self._since, self.shards, self._window)
         self._since = arrivals.snapshot
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
-        moved: set[EndpointKey] = set()
         room: Counter[EndpointKey] = Counter()
         taken = [
-            row
-            for row in sorted(arrivals.rows)
-            if row.shard in self.shards and self._ours(row.endpoint, moved) and self._hold_arrival(row, room)
+            row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)
         ]
+        if arrivals.places:
+            self._heads.doubt({place.endpoint for place in arrivals.places})
         for place in arrivals.places:
-            if self._ours(place.endpoint, moved):
+            if self._ours(place.endpoint):
                 if place.first_id is not None:
                     self._lower_place(place.endpoint, place.first_id - 1)
                 if place.first_due is not None:
                     self._lower_due_place(place.endpoint, place.first_due)
                     self._due(place.endpoint, place.first_due)
         self._taken_in()
-        await self._admit(taken)
-        if moved:
-            await self._forwarder.forward(moved)
-        return bool(arrivals.rows or arrivals.places)
+        await self._admit(taken + [row for row in ahead if self._still_first(row)])
+        return bool(arrivals.rows or arrivals.places or ahead)
+
+    def _still_first(self, row: Row) -> bool:
+        """Whether a head that was taken may go into memory; else it is as if it had not been read."""
+        assert row.order_key is not None
+        key = row.endpoint, row.order_key
+        if self._state(row.endpoint) is EndpointState.PAUSED:
+            self.known.discard(row.id)
+            self._heads.give_back(key, row.id)
+        elif self._heads.overtaken(key) or not self._in_place(row):
+            self.known.discard(row.id)
+            self._heads.left(key, row.id, gone=False, wanted=True)
+        else:
+            return True
+        if row.coalesce_key is not None:
+            self._states.left((row.endpoint, row.coalesce_key), row.id)
+        return False
 
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
         state = self._state(row.endpoint)
+        if row.order_key is not None:
+            self._heads.came((row.endpoint, row.order_key), row.id)
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
         if row.coalesce_key is not None:
@@ -550,9 +608,8 @@ class Feed:
 
     def _hold_due(self, row: Row, room: Counter[EndpointKey]) -> bool:
         assert row.due_at is not None
-        due_at = row.due_at.timestamp()
-        if due_at > self.db_now():
-            self._due(row.endpoint, due_at)
+        if row.due_at.timestamp() > self.db_now():
+            self._due_later(row)
             return False
         if not self._has_room(row.endpoint, room):
             backlog = self._backlog(row.endpoint)
@@ -572,6 +629,11 @@ class Feed:
 
     async def _read_heads(self, read: Awaitable[list[Row]], *, ordered: bool) -> bool:
         """Take in the rows that stand at the head of an order key (``ordered``), or for a coalesce key."""
+        taken = await self._take_heads(read, ordered=ordered)
+        await self._admit(taken)
+        return bool(taken)
+
+    async def _take_heads(self, read: Awaitable[list[Row]], *, ordered: bool) -> list[Row]:
         self._reading = True
         rows = await read
         await self._know({row.endpoint for row in rows})
@@ -580,12 +642,11 @@ class Feed:
             if self._state(row.endpoint) is EndpointState.PAUSED:
                 continue
             if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
-                self._due(row.endpoint, row.due_at.timestamp())
+                self._due_later(row)
             elif self._takes(row, head=ordered):
                 taken.append(row)
         self._taken_in()
-        await self._admit(taken)
-        return bool(taken)
+        return taken
 
     async def _read_replaced(self, newer: Sequence[tuple[EndpointKey, str, DeliveryId, UUID]]) -> None:
         """End what the newest rows of coalesce keys replace."""
@@ -598,7 +659,7 @@ class Feed:
             counts[row.endpoint, row.coalesce_key] += 1
             if row.id in self.known:
                 self._give_way(row.endpoint, row.id, row.replaced_by)
-            elif row.id not in self._remembered and row.shard in self.shards:
+            elif row.id not in self._remembered and self._in_place(row):
                 self.known.add(row.id)
                 taken.append(row)
         self._states.again(n for n in newer if counts[n[0], n[1]] >= REPLACED_AT_ONCE)
@@ -704,23 +765,33 @@ class Feed:
 
     def _takes(self, row: Row, *, head: bool = False) -> bool:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
-        if row.id in self.known or row.id in self._remembered or row.shard not in self.shards:
+        if row.id in self.known or row.id in self._remembered:
+            return False
+        if not self._in_place(row):
+            if head and row.order_key is not None:
+                self._behind[row.endpoint, row.order_key] = row.id
             return False
         if row.coalesce_key is not None:
             self._states.note(row)
-        if row.replaced_by is None:
-            if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
-                if not head:
-                    self._heads.met((row.endpoint, row.order_key), row.id)
-                    return False
-                if not self._heads.take((row.endpoint, row.order_key), row.id):
-                    return False
-            if not self._states.stands(row, self._give_way):
-                if row.order_key is not None:
-                    self._heads.give_back((row.endpoint, row.order_key), row.id)
-                return False
+        if row.replaced_by is None and not self._turn_of(row, head=head):
+            return False
         self.known.add(row.id)
         return True
+
+    def _turn_of(self, row: Row, *, head: bool) -> bool:
+        """Whether a row may go into memory as far as its keys are concerned."""
+        if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
+            key = row.endpoint, row.order_key
+            if not head:
+                self._heads.met(key, row.id)
+                return False
+            if not self._heads.take(key, row.id):
+                return False
+        if self._states.stands(row, self._give_way):
+            return True
+        if row.order_key is not None:
+            self._heads.give_back((row.endpoint, row.order_key), row.id)
+        return False
 
     def _give_way(self, endpoint: EndpointKey, delivery_id: DeliveryId, replaced_by: UUID | None) -> bool:
         """End one that waits in memory; False if it does not wait: it is under way, or has ended already."""
@@ -808,15 +879,38 @@ class Feed:
             backlog.next_due = due_at
             heapq.heappush(self._dues, (due_at, key))
 
+    def _due_later(self, row: Row) -> None:
+        """
+        A row is not due yet.
+
+        The place may lie beyond it all the same: what an ended endpoint is owed is read before its time, and the database's
+        clock may have been set back.
+        """
+        assert row.due_at is not None
+        backlog = self._backlog(row.endpoint)
+        backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
+        self._due(row.endpoint, row.due_at.timestamp())
+
     def _due_again(self, delivery: Delivery, due_at: float) -> None:
         """
         A retry was committed.
 
         Its due time was set before the commit: a read in between may have passed it, so the place goes back to it.
         """
+        if not self._ours(delivery.endpoint):
+            return
         self._lower_due_place(delivery.endpoint, due_at)
         # what an ended endpoint is owed is not waited for
         self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
+
+    def _read_again(self, delivery: Delivery) -> None:
+        """One that is not in memory any more may still be in the queue, and be ours."""
+        if self._ours(delivery.endpoint):
+            if delivery.due_at is None:
+                self._lower_place(delivery.endpoint, delivery.id - 1)
+            else:
+                self._lower_due_place(delivery.endpoint, delivery.due_at)
+                self._due(delivery.endpoint, 0.0)
 
     def _forget(self, delivery: Delivery, *, gone: bool = False) -> None:
         """It is not in memory any more; ``gone``: nor in the queue."""
@@ -886,11 +980,7 @@ class Feed:
                 backlog.bound = QUEUE_LEAST
                 for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
                     self._forget(delivery)
-                    if delivery.due_at is None:
-                        self._lower_place(key, delivery.id - 1)
-                    else:
-                        self._lower_due_place(key, delivery.due_at)
-                        self._due(key, 0.0)
+                    self._read_again(delivery)
                 if self._free() > self._window // 4:
                     return
 

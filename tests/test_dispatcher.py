@@ -47,6 +47,8 @@ ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a.example/", "a.ex
 
 SECRET = new_secret(b"s" * 32)
 
+TWO_AT_ONCE = HostLimits(concurrency=2)
+
 
 class Preparer:
     def compose(self, delivery: Delivery, timestamp: int) -> Request:
@@ -86,15 +88,16 @@ class Exchange:
 
 
 class Bench:
-    def __init__(self, exchange: Exchange, **more: object) -> None:
+    def __init__(self, exchange: Exchange, limits: HostLimits = TWO_AT_ONCE, max_in_flight: int = 10) -> None:
         self.exchange = exchange
         self.results: list[Result] = []
         self.faults: list[Exception] = []
+        self.dropped: list[Delivery] = []
         self.verified: list[UUID] = []
         self.vouched = True
         self.recorder = Recorder(SystemClock(), refused=KeyError, report=lambda *_: None)
         self.dispatcher = Dispatcher(
-            Lanes(HostLimits(concurrency=2), {}),
+            Lanes(limits, {}),
             exchange,
             self.recorder,
             lambda _: Preparer(),
@@ -102,12 +105,13 @@ class Bench:
             RetryPolicy(ask_again_after_s=DAY),
             SystemClock(),
             SystemDice(1),
-            max_in_flight=10,
+            max_in_flight=max_in_flight,
             vouched=lambda: self.vouched,
             room=lambda _: None,
             report=self.results.append,
             fault=lambda _, error: self.faults.append(error),
             ours=lambda _: None,
+            dropped=self.dropped.append,
             verified=lambda endpoint: self.verified.append(endpoint.id),
         )
         self.dispatcher.serve(ENDPOINT)
@@ -191,8 +195,6 @@ def test_nothing_starts_while_the_recorder_is_backed_up() -> None:
 
 
 def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
-    from dataclasses import replace
-
     async def go() -> None:
         bench = Bench(Exchange(Outcome(OutcomeKind.ANSWERED, sent=True, status=410)))
         for n in range(6):
@@ -202,31 +204,6 @@ def test_a_disabled_endpoints_deliveries_end_without_an_exchange() -> None:
         bench.dispatcher.serve(replace(ENDPOINT, state=EndpointState.REMOVED))
         bench.admit(9)
         assert bench.results[-1].verdict.kind is VerdictKind.CANCELLED
-
-    asyncio.run(go())
-
-
-def test_one_that_is_held_when_its_session_is_gone_waits_for_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hookd.dispatcher.UNSERVED_S", 0.01)
-    monkeypatch.setattr("hookd.core.verdict.OURS_DELAY_S", 0.01)
-
-    async def go() -> None:
-        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no route"))
-        bench = Bench(exchange)
-        exchange.hold = asyncio.Event()
-        bench.admit(1)
-        await bench.until(lambda: exchange.sent == 1)
-        bench.dispatcher.forget_all()
-        exchange.hold.set()
-        await bench.until(lambda: not bench.dispatcher.in_flight())
-        for _ in range(5):  # released, and held again
-            await asyncio.sleep(0.02)
-            assert bench.dispatcher.taken() == [DeliveryId(1)]
-        bench.dispatcher.serve(ENDPOINT)
-        await bench.until(lambda: len(bench.results) == 1)
-        assert (exchange.sent, bench.dispatcher.taken()) == (2, [])
 
     asyncio.run(go())
 
@@ -349,5 +326,68 @@ def test_a_drain_without_grace() -> None:
         await bench.until(lambda: exchange.sent == 1)
         assert await bench.dispatcher.drain(0) == 1
         assert bench.results == [], "it stays in the queue"
+
+    asyncio.run(go())
+
+
+def test_a_full_dispatcher_rests_though_a_lanes_time_has_come() -> None:
+    """It asked for turn after turn until an exchange ended."""
+
+    async def go() -> None:
+        exchange = Exchange()
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange, HostLimits(rate=20.0, concurrency=5), max_in_flight=2)
+        other = replace(ENDPOINT, key=EndpointKey(2), host="b:80")
+        bench.dispatcher.serve(other)
+        turns = 0
+        turn = bench.dispatcher._turn
+
+        def counted() -> None:
+            nonlocal turns
+            turns += 1
+            turn()
+
+        bench.dispatcher._turn = counted  # type: ignore[method-assign]
+        bench.admit(1)
+        bench.admit(2)  # its time is 50 ms after the first's
+        await bench.until(lambda: exchange.sent == 1)
+        bench.dispatcher.admit(
+            Delivery(DeliveryId(3), other.key, Event(UUID(int=2), "a", "t", b"{}", 0.0), 0, 0)
+        )
+        await bench.until(lambda: exchange.sent == 2)
+        await asyncio.sleep(0.2)
+        assert turns < 20
+        exchange.hold.set()
+        await bench.until(lambda: len(bench.results) == 3)
+
+    asyncio.run(go())
+
+
+def test_what_would_be_held_after_a_lost_session_is_let_go_of() -> None:
+    """The next feed reads it again; it was sent twice, and never read again where its shard was another's by then."""
+
+    async def go() -> None:
+        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors"))
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        bench.dispatcher.forget_all()
+        exchange.hold.set()
+        await bench.until(lambda: bool(bench.dropped))
+        assert [d.id for d in bench.dropped] == [1]
+        assert bench.dispatcher.under_way([ENDPOINT.key]) == []
+
+    asyncio.run(go())
+
+
+def test_what_is_held_when_its_endpoint_is_not_served_any_more_is_let_go_of() -> None:
+    async def go() -> None:
+        bench = Bench(Exchange())
+        held = Delivery(DeliveryId(1), ENDPOINT.key, Event(UUID(int=2), "a", "t", b"{}", 0.0), 0, 0)
+        bench.dispatcher._hold(held, 0.01)
+        bench.dispatcher._endpoints.clear()
+        await bench.until(lambda: bool(bench.dropped))
+        assert bench.exchange.sent == 0
 
     asyncio.run(go())

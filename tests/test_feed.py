@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from hookd.clock import SystemClock
-from hookd.core.model import Delivery, DeliveryId, EndpointKey, Event
-from hookd.core.reads import Row
+from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, Event
+from hookd.core.reads import Arrivals, Row, Snapshot
+from hookd.core.states import States
 from hookd.feed import Feed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
 
-def row(number: int, event: int) -> Row:
-    return Row(DeliveryId(number), UUID(int=event), EndpointKey(1), 0, 0, None, None, replay=False)
+ENDPOINT = Endpoint(EndpointKey(1), UUID(int=1), "t", "http://a.test/", "a.test:80", 0)
+NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+SNAPSHOT = Snapshot(10, 10, ())
+
+
+def row(number: int, event: int, **more: Any) -> Row:
+    made = Row(DeliveryId(number), UUID(int=event), EndpointKey(1), 0, 0, None, None, replay=False)
+    return made._replace(**more)
 
 
 class Line:
@@ -24,6 +34,29 @@ class Line:
 
     def __init__(self) -> None:
         self.admitted: list[Delivery] = []
+        self.endpoints: dict[EndpointKey, Endpoint] = {}
+
+    def serve(self, endpoint: Endpoint) -> None:
+        self.endpoints[endpoint.key] = endpoint
+
+    def served(self, key: EndpointKey) -> Endpoint | None:
+        return self.endpoints.get(key)
+
+    def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]:
+        taken, self.admitted = self.admitted, []
+        return taken
+
+    def waiting(self, key: EndpointKey) -> int:
+        return len(self.admitted)
+
+    def total_waiting(self) -> int:
+        return len(self.admitted)
+
+    def backed_up(self) -> bool:
+        return False
+
+    def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]:
+        return [DeliveryId(77)]
 
     def admit(self, delivery: Delivery) -> None:
         self.admitted.append(delivery)
@@ -34,6 +67,9 @@ class Reads:
 
     def __init__(self) -> None:
         self.asked: list[list[UUID]] = []
+        self.heads_asked: list[Any] = []
+        self.head: Row | None = None
+        self.arrived: list[Row] = []
         self.meanwhile: Callable[[], None] = list[None]().clear
 
     async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
@@ -41,6 +77,37 @@ class Reads:
         self.meanwhile()
         await asyncio.sleep(0)
         return {i: Event(i, "a.b", "t", b"{}", 1.0) for i in ids}
+
+    async def heads(self, keys: Sequence[Any]) -> list[Row]:
+        self.heads_asked += keys
+        return [self.head] if self.head is not None else []
+
+    async def arrivals(self, since: Snapshot, shards: Iterable[int], window: int) -> Arrivals:
+        arrived, self.arrived = self.arrived, []
+        return Arrivals(SNAPSHOT, NOW.timestamp(), arrived, [])
+
+    async def refill_fresh(self, demands: Sequence[Any]) -> list[Row]:
+        return []
+
+    async def refill_due(self, demands: Sequence[Any]) -> list[Row]:
+        return []
+
+
+class Forwarder:
+    def __init__(self) -> None:
+        self.forwarded: list[tuple[list[EndpointKey], list[DeliveryId]]] = []
+
+    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None:
+        self.forwarded.append((list(endpoints), list(under_way)))
+
+
+def made(reads: Reads, line: Line, forwarder: Forwarder) -> Feed:
+    feed = Feed(reads, forwarder, line, SystemClock(), window=100, known=[])  # type: ignore[arg-type]
+    feed.shards = {0, 1}
+    feed._since = SNAPSHOT
+    feed._db_offset = NOW.timestamp() - SystemClock().mono()
+    feed._serve(ENDPOINT)
+    return feed
 
 
 def test_an_event_whose_other_delivery_ends_while_events_are_read_is_still_sent() -> None:
@@ -60,3 +127,129 @@ def test_an_event_whose_other_delivery_ends_while_events_are_read_is_still_sent(
         ]
 
     asyncio.run(go())
+
+
+def test_a_row_that_is_due_before_the_place_is_read_when_it_is_due() -> None:
+    """What an ended endpoint is owed is read before its time, and clocks are set back: the place is beyond the row."""
+
+    async def go() -> None:
+        feed = made(Reads(), Line(), Forwarder())
+        backlog = feed._backlog(ENDPOINT.key)
+        backlog.due_place = (NOW + datetime.timedelta(hours=2), 5)
+        late = row(9, 1, due_at=NOW + datetime.timedelta(hours=1))
+        assert not feed._hold_due(late, Counter())
+        assert late.due_at is not None
+        assert backlog.due_place < (late.due_at, late.id)
+
+    asyncio.run(go())
+
+
+def test_a_row_in_the_shard_that_its_endpoint_has_left_is_forwarded_and_not_sent() -> None:
+    """It was sent by whoever owned both shards, and settled by nobody when one of them was given up."""
+
+    async def go() -> None:
+        reads, line, forwarder = Reads(), Line(), Forwarder()
+        feed = made(reads, line, forwarder)
+        reads.arrived = [row(1, 1, shard=1), row(2, 2)]
+        await feed._turn()
+        assert [d.id for d in line.admitted] == [2]
+        await feed._turn()
+        assert forwarder.forwarded == [([ENDPOINT.key], [77])], "and not what is under way"
+
+    asyncio.run(go())
+
+
+def test_what_waits_when_its_endpoint_moves_is_let_go_of_and_read_again() -> None:
+    async def go() -> None:
+        reads, line, forwarder = Reads(), Line(), Forwarder()
+        feed = made(reads, line, forwarder)
+        reads.arrived = [row(1, 1)]
+        await feed._turn()
+        feed._endpoint_changed(replace(ENDPOINT, shard=1, former_shards=(0,)))
+        assert line.admitted == []
+        assert feed.known == set()
+        await feed._turn()
+        assert [keys for keys, _ in forwarder.forwarded] == [[ENDPOINT.key]]
+        reads.arrived = [row(1, 1, shard=1)]
+        await feed._turn()
+        assert [d.id for d in line.admitted] == [1]
+
+    asyncio.run(go())
+
+
+def test_rows_that_arrived_while_their_endpoint_was_thought_to_be_elsewhere_are_read() -> None:
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        feed._endpoint_changed(replace(ENDPOINT, shard=5, former_shards=(0,)))
+        reads.arrived = [row(1, 1)]
+        await feed._turn()
+        assert line.admitted == []
+        feed._endpoint_changed(replace(ENDPOINT, former_shards=(0, 5)))
+        assert feed._backlog(ENDPOINT.key).place == 0
+        assert list(feed._demand_fresh())
+
+    asyncio.run(go())
+
+
+def test_a_head_that_an_older_row_has_overtaken_is_not_sent() -> None:
+    """The successor was read from behind the last one's place; an older row committed late, between two reads of arrivals."""
+
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        key = ENDPOINT.key, "k"
+        feed._heads.take(key, DeliveryId(20))
+        feed._heads.left(key, DeliveryId(20), gone=True, wanted=True)
+        reads.head = row(30, 3, order_key="k")
+        reads.arrived = [row(10, 1, order_key="k"), row(30, 3, order_key="k")]
+        await feed._turn()
+        assert line.admitted == []
+        reads.head = row(10, 1, order_key="k")
+        await feed._turn()
+        assert [d.id for d in line.admitted] == [10]
+        assert [after for *_, after in reads.heads_asked] == [20, 9]
+
+    asyncio.run(go())
+
+
+def test_the_head_that_was_another_owners_is_asked_for_again() -> None:
+    """It may be settled there, and then nothing arrives here."""
+
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        reads.arrived = [row(2, 2, order_key="k")]
+        reads.head = row(1, 1, order_key="k", shard=5)
+        await feed._turn()
+        assert line.admitted == []
+        feed._look_behind()
+        reads.head = row(2, 2, order_key="k")
+        await feed._turn()
+        assert [d.id for d in line.admitted] == [2]
+
+    asyncio.run(go())
+
+
+def test_what_was_dropped_is_read_again_where_it_is_ours() -> None:
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        reads.arrived = [row(4, 1)]
+        await feed._turn()
+        feed.settled((), (), dropped=line.withdraw(ENDPOINT.key))
+        assert feed.known == set()
+        assert feed._demand_fresh() == [(ENDPOINT.key, 3, 4)]
+
+    asyncio.run(go())
+
+
+def test_a_retry_does_not_wait_for_another_of_its_coalesce_key() -> None:
+    """When the one under way had ended the newest was read, and the retry, which was neither, never again."""
+    states = States()
+    key = EndpointKey(1), "s"
+    assert states.stands(row(1, 1, coalesce_key="s"), lambda *_: False)
+    assert states.stands(row(2, 2, coalesce_key="s", attempt=1), lambda *_: False)
+    assert not states.stands(row(3, 3, coalesce_key="s"), lambda *_: False)
+    states.left(key, DeliveryId(1))
+    assert states.demands() == [key]

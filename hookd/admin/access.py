@@ -1,13 +1,15 @@
 """
 Who may ask the admin server: decided from a request's head alone.
 
-On loopback anybody on this machine may, elsewhere whoever has the token.  Programs are not the danger: browsers are,
-which carry requests of foreign pages to loopback.  What keeps those out:
+On loopback anybody on this machine may, elsewhere whoever has the token, or a session that was opened with it.  Programs
+are not the danger: browsers are, which carry requests of foreign pages to loopback.  What keeps those out:
 
 - ``Host`` must be an address that is served here: a name that was rebound to loopback is not (DNS rebinding).
 - ``Sec-Fetch-Site`` and ``Origin``, which a page cannot forge or leave out of a request that changes something, must be
   this server's own.  Programs send neither.
-- A body must be ``application/json``, which a page can send to another site only after asking; nobody answers.
+- A body must be ``application/json``, which a page can send to another site only after asking; nobody answers.  The forms
+  of the console are the exception: they, and whatever else changes something with a session, have to say that they come
+  from here.
 
 There is no CORS: nothing is ever allowed to another origin.
 """
@@ -22,20 +24,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hookd.admin.sessions import Sessions
+
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """For probes, which know neither name nor token; they say nothing that matters."""
 
-CONSOLE = "/"
+WITHOUT_TOKEN = frozenset({"/login", "/console.css", "/console.js", "/icon.svg"})
+"""What the log-in page needs."""
+
+FORM = "application/x-www-form-urlencoded"
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    # not no-referrer, under which forms say "Origin: null"
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'",
+    "img-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'",
 }
 """Of every answer.  Nothing inline runs: what a receiver or a tenant wrote stays text even if a page forgot that."""
 
@@ -49,12 +57,18 @@ class Refusal:
     message: str
 
 
+def is_page(path: str) -> bool:
+    """Whether a path is the console's: what is refused there is said in a page."""
+    return not path.startswith("/api/") and path not in OPEN_PATHS and path != "/metrics"
+
+
 class Access:
     """The rules for one listening address."""
 
-    def __init__(self, host: str, token: bytes) -> None:
+    def __init__(self, host: str, token: bytes, sessions: Sessions) -> None:
         self._host = host.lower()
         self._token = token
+        self._sessions = sessions
 
     def __repr__(self) -> str:
         return f"<Access host={self._host} token={'yes' if self._token else 'no'}>"
@@ -63,18 +77,36 @@ class Access:
         self, method: str, path: str, headers: Mapping[str, str], *, has_body: bool, content_type: str
     ) -> Refusal | None:
         """What is wrong with a request; None: it is answered."""
-        if method in ("GET", "HEAD") and path in OPEN_PATHS:
+        reads = method in ("GET", "HEAD")
+        if reads and path in OPEN_PATHS:
             return None
         host = headers.get("Host", "")
         if not self._served(host):
             return Refusal(403, "host", "this Host is not served here; call the address of admin.listen")
         if self._foreign(method, path, headers, host):
             return Refusal(403, "cross_site", "requests from other sites are refused")
-        if has_body and content_type != "application/json":
-            return Refusal(415, "content_type", "send application/json")
-        if self._token and not self._has_token(headers.get("Authorization", "")):
-            return Refusal(401, "token", "send the token of admin.token_file as Authorization: Bearer …")
-        return None
+        page = is_page(path)
+        if has_body and content_type != (FORM if page else "application/json"):
+            return Refusal(415, "content_type", f"send {FORM if page else 'application/json'}")
+        own = self._own(headers, host)
+        if page and not reads and not own:
+            return Refusal(
+                403, "cross_site", "forms are taken from the console's own pages; programs use /api/v1"
+            )
+        if not self._token or path in WITHOUT_TOKEN or self.has_token(headers.get("Authorization", "")):
+            return None
+        if self.has_session(headers) and (reads or own):
+            return None
+        return Refusal(401, "token", "send the token of admin.token_file as Authorization: Bearer …")
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether there is one to be typed."""
+        return bool(self._token)
+
+    def has_session(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request comes with a session of the console."""
+        return self._sessions.holds(headers.get("Cookie", ""))
 
     def _served(self, host: str) -> bool:
         if self._token:
@@ -93,18 +125,28 @@ class Access:
     def _foreign(method: str, path: str, headers: Mapping[str, str], host: str) -> bool:
         site = headers.get("Sec-Fetch-Site", "none")
         if site not in ("same-origin", "none"):
-            # a link on another page may lead to the console: the page, not what it reads
-            followed = method == "GET" and path == CONSOLE and headers.get("Sec-Fetch-Dest") == "document"
+            # a link on another page may lead to a page of the console, which no frame and no script of its can read
+            followed = method == "GET" and is_page(path) and headers.get("Sec-Fetch-Dest") == "document"
             if not followed:
                 return True
         origin = headers.get("Origin")
-        return origin is not None and origin.lower() not in (
-            f"http://{host.lower()}",
-            f"https://{host.lower()}",
-        )
+        return origin is not None and not _same(origin, host)
 
-    def _has_token(self, authorization: str) -> bool:
+    @staticmethod
+    def _own(headers: Mapping[str, str], host: str) -> bool:
+        """Whether a browser says that a page of this server sent it; what says otherwise has been refused."""
+        return headers.get("Sec-Fetch-Site") == "same-origin" or _same(headers.get("Origin", ""), host)
+
+    def has_token(self, authorization: str) -> bool:
+        """Whether it is the token, as ``Bearer …``."""
         scheme, _, given = authorization.partition(" ")
+        return self.is_token(given.strip()) and scheme.lower() == "bearer"
+
+    def is_token(self, given: str) -> bool:
+        """Whether it is the token; in a time that says nothing of it."""
         # aiohttp hands bytes that are no UTF-8 on as surrogates
-        same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._token)
-        return same and scheme.lower() == "bearer"
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+
+
+def _same(origin: str, host: str) -> bool:
+    return origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")

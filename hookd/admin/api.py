@@ -1,463 +1,345 @@
 """
-``/api/v1``: how an application registers its customers' callback URLs without a shell.
+``/api/v1``: everything that can be seen and done, for programs.
 
-Every error is ``{"error": {"code", "message"}}``.  What the guard found out about addresses stays here: a message may be
-shown to whoever typed the URL.
+A handler's signature is its documentation: ``hookd.admin.operations`` reads from it what comes in and what goes out, checks the
+one, writes the other, and makes the OpenAPI document of both.
 """
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+import datetime
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import msgspec
-import orjson
-from aiohttp import web
-from msgspec import UNSET, UnsetType
 
+from hookd.admin import schema
+from hookd.admin.actions import Selection
+from hookd.admin.operations import Caller, Reply, operation
+from hookd.admin.problems import Refused
 from hookd.config import duration
-from hookd.core.headers import check_headers
-from hookd.core.model import EndpointKey
-from hookd.core.signing import chosen_secret
-from hookd.net.vetting import vet
-from hookd.postgres import history, registry
-from hookd.postgres.queue import Queue
-from hookd.postgres.registry import EndpointChange, NotPossible
+from hookd.postgres import audit, overview, registry, search, timeline
+from hookd.postgres.registry import NotPossible
 from hookd.postgres.status import status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-
-    import asyncpg
-
-    from hookd.core.model import Secret
-    from hookd.core.signing import KeyType
-    from hookd.core.urls import Target
+    from hookd.admin.actions import Actions, Checked
     from hookd.daemon import Daemon
+    from hookd.postgres.pages import Page
+    from hookd.postgres.reading import Reading
     from hookd.postgres.registry import EndpointRecord
-
-Body = TypeVar("Body", bound=msgspec.Struct)
-
-LIST_MOST = 1000
-
-OVERLAP_S = 86400.0
-
-CLEARABLE = ("filter", "format", "rate", "concurrency", "description")
 
 HIDDEN = ("key", "shard")
 
-
-class NewEndpoint(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``POST /endpoints``."""
-
-    url: str
-    tenant: str = "default"
-    types: list[str] | None = None
-    filter: str | None = None
-    format: str | None = None
-    ordered: bool = False
-    rate: float | None = None
-    concurrency: int | None = None
-    description: str | None = None
-    headers: dict[str, str] | None = None
-    key_type: Literal["hmac", "ed25519"] | None = None
-    secret: str | None = None
-
-
-class EndpointPatch(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``PATCH /endpoints/ID``: what is absent stays, null clears."""
-
-    url: str | UnsetType = UNSET
-    types: list[str] | UnsetType = UNSET
-    filter: str | UnsetType | None = UNSET
-    format: str | UnsetType | None = UNSET
-    ordered: bool | UnsetType = UNSET
-    rate: float | UnsetType | None = UNSET
-    concurrency: int | UnsetType | None = UNSET
-    description: str | UnsetType | None = UNSET
-    headers: dict[str, str] | UnsetType | None = UNSET
-
-
-class Resume(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``POST /endpoints/ID/resume``."""
-
-    missed: str = "none"
-
-
-class Rotate(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``POST /endpoints/ID/rotate``."""
-
-    overlap: str = "1d"
-    key_type: Literal["hmac", "ed25519"] | None = None
-    secret: str | None = None
-
-
-class Pause(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``POST /endpoints/ID/pause``."""
-
-    reason: str | None = None
-
-
-class Replay(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``POST /replay``."""
-
-    event: UUID | None = None
-    endpoint: UUID | None = None
-    tenant: str | None = None
-    states: list[str] | None = None
-    dry_run: bool = False
-
-
-class BadRequest(Exception):
-    """What was sent is not what is expected; the message says why."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
-def problem(status: int, code: str, message: str) -> web.Response:
-    """An error as every client of the API gets it."""
-    return answer({"error": {"code": code, "message": message}}, status)
-
-
-def answer(value: Any, status: int = 200) -> web.Response:
-    """A value as JSON."""
-    return web.Response(body=orjson.dumps(value, default=str), status=status, content_type="application/json")
+RECENTLY = datetime.timedelta(hours=1)
 
 
 class Api:
     """The handlers."""
 
-    def __init__(self, pool: asyncpg.Pool, daemon: Daemon) -> None:
-        self._pool = pool
+    def __init__(self, reading: Reading, actions: Actions, daemon: Daemon) -> None:
+        self._reading = reading
+        self._actions = actions
         self._daemon = daemon
-
-    def add_to(self, router: web.UrlDispatcher) -> None:
-        """Add all routes."""
-        for method, path, handler in (
-            ("GET", "/endpoints", self.list_endpoints),
-            ("POST", "/endpoints", self.add_endpoint),
-            ("GET", "/endpoints/{id}", self.show_endpoint),
-            ("PATCH", "/endpoints/{id}", self.change_endpoint),
-            ("DELETE", "/endpoints/{id}", self.remove_endpoint),
-            ("POST", "/endpoints/{id}/pause", self.pause_endpoint),
-            ("POST", "/endpoints/{id}/resume", self.resume_endpoint),
-            ("POST", "/endpoints/{id}/rotate", self.rotate_endpoint),
-            ("POST", "/endpoints/{id}/verify", self.verify_endpoint),
-            ("GET", "/events", self.list_events),
-            ("GET", "/events/{id}", self.show_event),
-            ("GET", "/deliveries", self.list_deliveries),
-            ("GET", "/attempts", self.list_attempts),
-            ("POST", "/replay", self.replay),
-            ("GET", "/status", self.status),
-        ):
-            router.add_route(method, "/api/v1" + path, _plainly(handler))
 
     # Endpoints.
 
-    async def list_endpoints(self, request: web.Request) -> web.Response:
-        """``GET /endpoints?tenant=&state=&after=&limit=``: in order of creation."""
-        limit = _limit(request)
-        after = request.query.get("after")
-        async with self._session() as connection:
+    @operation("GET", "/endpoints")
+    async def list_endpoints(self, query: schema.EndpointQuery) -> schema.EndpointList:
+        """Endpoints, in order of creation."""
+        after = None
+        if query.cursor is not None:
+            try:
+                after = msgspec.convert(query.cursor, UUID)
+            except msgspec.ValidationError:
+                raise Refused(422, "cursor", "this is no cursor of this list") from None
+        async with self._reading.session() as connection:
             records = await registry.listing(
-                connection,
-                tenant=request.query.get("tenant"),
-                state=request.query.get("state"),
-                after=_uuid(after) if after else None,
-                limit=limit,
+                connection, tenant=query.tenant, state=query.state, after=after, limit=query.limit
             )
-        return answer(
-            {"data": [_shown(r) for r in records], "next": records[-1].id if len(records) == limit else None}
-        )
+        more = str(records[-1].id) if len(records) == query.limit else None
+        return schema.EndpointList(data=[_endpoint(r) for r in records], next=more)
 
-    async def add_endpoint(self, request: web.Request) -> web.Response:
+    @operation("POST", "/endpoints", 201)
+    async def add_endpoint(self, body: schema.NewEndpoint, caller: Caller) -> schema.EndpointWithSecret:
         """
-        ``POST /endpoints``: 201 with the endpoint and its secret, which is shown this once.
+        Register an endpoint.
 
-        With security.require_verification the endpoint is asked first, and ``verification`` says what came of it.
+        The answer has its secret, this once.  With `security.require_verification` it is asked first whether it wants to be
+        called, and `verification` says what came of that.
         """
-        wanted = await _read(request, NewEndpoint)
-        target = await self._judged(wanted.url)
-        secret = _secret(wanted.key_type, wanted.secret)
-        change = EndpointChange(
-            url=target.url,
-            host=target.lane,
-            types=wanted.types or None,
-            filter=wanted.filter,
-            format=wanted.format,
-            ordered=wanted.ordered,
-            rate=wanted.rate,
-            concurrency=wanted.concurrency,
-            description=wanted.description,
-            headers=_headers(wanted.headers),
+        added = await self._actions.add(caller, body)
+        return schema.EndpointWithSecret(
+            **_facts(added.record),
+            secret=_or_unset(added.secret),
+            verification=_verification(added.verification),
         )
-        async with self._session() as connection:
-            record = await registry.add(
-                connection, wanted.tenant, change, secret,
-                keyring=self._daemon.keyring, verified=not self._daemon.config.security.require_verification,
-            )  # fmt: skip
-        return answer(await self._asked(record) | _shown_once(wanted.secret, secret), 201)
 
-    async def show_endpoint(self, request: web.Request) -> web.Response:
-        """``GET /endpoints/ID``."""
-        async with self._session() as connection:
-            return answer(_shown(await self._found(connection, request)))
+    @operation("GET", "/endpoints/{id}")
+    async def show_endpoint(self, id: UUID) -> schema.Endpoint:  # noqa: A002 - the path's name for it
+        """One endpoint."""
+        return _endpoint(await self._found(id))
 
-    async def change_endpoint(self, request: web.Request) -> web.Response:
-        """``PATCH /endpoints/ID``."""
-        patch = await _read(request, EndpointPatch)
-        target = await self._judged(patch.url) if patch.url is not UNSET else None
-        headers = None
-        if patch.headers is not UNSET:
-            headers = _headers(patch.headers) or {}
-        change = EndpointChange(
-            url=target.url if target else None,
-            host=target.lane if target else None,
-            headers=headers,
-            clear=frozenset(n for n in CLEARABLE if getattr(patch, n) is None),
-            **{
-                n: getattr(patch, n)
-                for n in ("types", "ordered", *CLEARABLE)
-                if getattr(patch, n) not in (UNSET, None)
-            },
+    @operation("PATCH", "/endpoints/{id}")
+    async def change_endpoint(
+        self,
+        id: UUID,  # noqa: A002
+        body: schema.EndpointPatch,
+        caller: Caller,
+    ) -> schema.CheckedEndpoint:
+        """Change an endpoint: what is absent stays, null clears."""
+        return _checked(await self._actions.update(caller, id, body))
+
+    @operation("DELETE", "/endpoints/{id}", 204)
+    async def remove_endpoint(self, id: UUID, caller: Caller) -> None:  # noqa: A002
+        """Send it nothing more; what is pending is cancelled, its history stays."""
+        await self._actions.remove(caller, id)
+
+    @operation("POST", "/endpoints/{id}/pause")
+    async def pause_endpoint(self, id: UUID, body: schema.Pause, caller: Caller) -> schema.Endpoint:  # noqa: A002
+        """Let its deliveries wait."""
+        return _endpoint(await self._actions.pause(caller, id, body.reason))
+
+    @operation("POST", "/endpoints/{id}/resume")
+    async def resume_endpoint(
+        self,
+        id: UUID,  # noqa: A002
+        body: schema.Resume,
+        caller: Caller,
+    ) -> schema.ResumedEndpoint:
+        """Let it receive again; one that was disabled can be given what it missed."""
+        done = await self._actions.resume(caller, id, body.missed)
+        return schema.ResumedEndpoint(
+            **_facts(done.record), queued=done.queued, verification=_verification(done.verification)
         )
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-            record = await registry.update(
-                connection, record.id, change,
-                keyring=self._daemon.keyring, verified=not self._daemon.config.security.require_verification,
-            )  # fmt: skip
-        return answer(await self._asked(record) if target else _shown(record))
 
-    async def remove_endpoint(self, request: web.Request) -> web.Response:
-        """``DELETE /endpoints/ID``: 204."""
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-            await registry.remove(connection, record.id)
-        return web.Response(status=204)
-
-    async def pause_endpoint(self, request: web.Request) -> web.Response:
-        """``POST /endpoints/ID/pause``: its deliveries wait."""
-        wanted = await _read(request, Pause)
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-            return answer(_shown(await registry.pause(connection, record.id, wanted.reason)))
-
-    async def resume_endpoint(self, request: web.Request) -> web.Response:
-        """``POST /endpoints/ID/resume`` with ``{"missed": "all" | "latest" | "none"}``."""
-        wanted = await _read(request, Resume)
-        if wanted.missed not in ("all", "latest", "none"):
-            raise BadRequest(422, "missed", "missed is all, latest or none")
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-            record, queued = await registry.resume(
-                connection,
-                record.id,
-                wanted.missed,
-                ask_again_after_s=self._daemon.config.ask_again_after_s(),
-            )
-        return answer(await self._asked(record) | {"queued": queued})
-
-    async def rotate_endpoint(self, request: web.Request) -> web.Response:
-        """``POST /endpoints/ID/rotate`` with ``{"overlap": "1d"}``: a new secret, shown this once."""
-        wanted = await _read(request, Rotate)
+    @operation("POST", "/endpoints/{id}/rotate")
+    async def rotate_endpoint(
+        self,
+        id: UUID,  # noqa: A002
+        body: schema.Rotate,
+        caller: Caller,
+    ) -> schema.EndpointWithSecret:
+        """Make a new secret, shown this once; the old one signs too for a while."""
         try:
-            overlap_s = duration(wanted.overlap)
+            overlap_s = duration(body.overlap)
         except ValueError as error:
-            raise BadRequest(422, "overlap", str(error)) from None
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-            same = cast("KeyType | None", record.key_type)
-            secret = _secret(wanted.key_type or (None if wanted.secret else same), wanted.secret)
-            record = await registry.rotate(
-                connection, record.id, secret, overlap_s, keyring=self._daemon.keyring
-            )
-        return answer(_shown(record) | _shown_once(wanted.secret, secret))
+            raise Refused(422, "overlap", str(error)) from None
+        added = await self._actions.rotate(caller, id, overlap_s, body.key_type, body.secret)
+        return schema.EndpointWithSecret(**_facts(added.record), secret=_or_unset(added.secret))
 
-    async def verify_endpoint(self, request: web.Request) -> web.Response:
-        """``POST /endpoints/ID/verify``: ask it whether it wants to be called; ``verification`` says what came of it."""
-        async with self._session() as connection:
-            record = await self._found(connection, request)
-        if record.state == "removed":
-            raise BadRequest(422, "refused", f"endpoint {record.id} was removed")
-        return answer(await self._verified(record))
+    @operation("POST", "/endpoints/{id}/verify")
+    async def verify_endpoint(self, id: UUID, caller: Caller) -> schema.CheckedEndpoint:  # noqa: A002
+        """Ask it whether it wants to be called: it has to repeat a challenge."""
+        return _checked(await self._actions.verify(caller, id))
 
-    # Events and deliveries.
+    @operation("POST", "/endpoints/{id}/test")
+    async def test_endpoint(self, id: UUID, body: schema.TrialEvent, caller: Caller) -> schema.Exchange:  # noqa: A002
+        """Send it a test event now, past the queue, and show the exchange."""
+        data = msgspec.json.encode(body.data).decode()
+        return msgspec.convert(await self._actions.test(caller, id, body.type, data), schema.Exchange)
 
-    async def list_events(self, request: web.Request) -> web.Response:
-        """``GET /events?tenant=&type=&before=&limit=``: newest first."""
-        limit = _limit(request)
-        before = request.query.get("before")
-        async with self._session() as connection:
-            rows = await history.events(
-                connection,
-                tenant=request.query.get("tenant"),
-                type_pattern=request.query.get("type"),
-                before=_uuid(before) if before else None,
-                limit=limit,
-            )
-        return answer({"data": rows, "next": rows[-1]["id"] if len(rows) == limit else None})
+    @operation("GET", "/endpoints/{id}/health")
+    async def endpoint_health(self, id: UUID, query: schema.HealthQuery) -> schema.EndpointHealth:  # noqa: A002
+        """How an endpoint fared, by the hour."""
+        record = await self._found(id)
+        async with self._reading.session() as connection:
+            hours = (await overview.endpoint_hours(connection, [id], hours=query.hours))[id]
+        return schema.EndpointHealth(
+            id=record.id,
+            state=cast("schema.EndpointState", record.state),
+            state_reason=record.state_reason,
+            failing_since=record.failing_since,
+            failing_reason=record.failing_reason,
+            parked_at=record.parked_at,
+            delivered=sum(h["delivered"] for h in hours),
+            failed=sum(h["failed"] for h in hours),
+            hours=[schema.Hour(**h) for h in hours],
+        )
 
-    async def show_event(self, request: web.Request) -> web.Response:
-        """``GET /events/ID``: with its payload and deliveries."""
-        wanted = _uuid(request.match_info["id"])
-        async with self._session() as connection:
-            found = await history.event(connection, wanted)
+    # What happened.
+
+    @operation("GET", "/events")
+    async def list_events(self, query: schema.EventQuery) -> schema.EventList:
+        """Events, newest first."""
+        async with self._reading.session() as connection:
+            page = await search.events(connection, _filter(query), query.cursor, query.limit)
+        return schema.EventList(data=[schema.EventSummary(**r) for r in page.rows], **_around(page))
+
+    @operation("GET", "/events/{id}")
+    async def show_event(self, id: UUID) -> schema.Event:  # noqa: A002
+        """One event with its payload and its deliveries."""
+        async with self._reading.session() as connection:
+            found = await timeline.event(connection, id)
         if found is None:
-            raise BadRequest(404, "not_found", f"there is no event {wanted}")
-        found["payload"] = orjson.Fragment(found["payload"])
-        return answer(found)
+            raise Refused(404, "not_found", f"there is no event {id}")
+        found["payload"] = msgspec.Raw(found["payload"].encode())
+        found["deliveries"] = [schema.Delivery(**r) for r in found["deliveries"]]
+        return schema.Event(**found)
 
-    async def list_deliveries(self, request: web.Request) -> web.Response:
-        """``GET /deliveries?event=ID``."""
-        wanted = request.query.get("event")
-        if not wanted:
-            raise BadRequest(422, "event", "say of which event: ?event=ID")
-        async with self._session() as connection:
-            return answer({"data": await history.deliveries(connection, _uuid(wanted))})
+    @operation("POST", "/events/{id}/resend", 202)
+    async def resend_event(self, id: UUID, caller: Caller) -> schema.Queued:  # noqa: A002
+        """Send an event to all its endpoints again, with the same webhook-id; what is pending is left alone."""
+        return schema.Queued(queued=await self._actions.resend(caller, id))
 
-    async def list_attempts(self, request: web.Request) -> web.Response:
-        """``GET /attempts?event=&endpoint=&limit=``: newest first."""
-        event, endpoint = request.query.get("event"), request.query.get("endpoint")
-        async with self._session() as connection:
-            rows = await history.attempts(
-                connection,
-                event_id=_uuid(event) if event else None,
-                endpoint_id=_uuid(endpoint) if endpoint else None,
-                limit=_limit(request),
+    @operation("GET", "/deliveries")
+    async def list_deliveries(self, query: schema.DeliveryQuery) -> schema.DeliveryList:
+        """Deliveries, those of the newest events first."""
+        async with self._reading.session() as connection:
+            page = await search.deliveries(connection, _filter(query), query.cursor, query.limit)
+        return schema.DeliveryList(data=[schema.Delivery(**r) for r in page.rows], **_around(page))
+
+    @operation("GET", "/deliveries/{number}")
+    async def show_delivery(
+        self, number: schema.Number, query: schema.DeliveryPlace
+    ) -> schema.DeliveryTimeline:
+        """One delivery and its attempts: what was sent, what was answered, and why it is where it is."""
+        async with self._reading.session() as connection:
+            found = await timeline.delivery(
+                connection, number, query.event, wire=self._daemon.wire(), keyring=self._daemon.keyring
             )
-        return answer({"data": rows})
+        if found is None:
+            raise Refused(404, "not_found", f"there is no delivery {number}")
+        for attempt in found["attempts"]:
+            request = attempt["request"]
+            attempt["request_problem"] = request.get("problem") if request else None
+            if attempt["request_problem"]:
+                attempt["request"] = None
+        return msgspec.convert(found, schema.DeliveryTimeline)
 
-    async def replay(self, request: web.Request) -> web.Response:
-        """``POST /replay``: queue settled deliveries again."""
-        wanted = await _read(request, Replay)
-        if not (wanted.event or wanted.endpoint or wanted.tenant or wanted.states):
-            raise BadRequest(422, "selection", "say what to replay: event, endpoint, tenant or states")
-        bad = set(wanted.states or ()) - set(history.SETTLED_STATES)
-        if bad:
-            raise BadRequest(422, "states", f"states are {', '.join(history.SETTLED_STATES)}")
-        selection = {
-            "event": wanted.event,
-            "endpoint": wanted.endpoint,
-            "tenant": wanted.tenant,
-            "states": wanted.states or (history.SETTLED_STATES if wanted.event else ("exhausted",)),
-        }
-        queued = 0
-        async with self._session() as connection:
-            matching = await history.count_replayable(connection, selection)
-            if not wanted.dry_run:
-                async for total in history.replay(connection, selection):
-                    queued = total
-        return answer({"matching": matching, "queued": queued}, 200 if wanted.dry_run else 202)
+    @operation("POST", "/deliveries/{number}/resend", 202)
+    async def resend_delivery(
+        self, number: schema.Number, query: schema.DeliveryPlace, caller: Caller
+    ) -> schema.Queued:
+        """Send the event of one delivery to its endpoint again, with the same webhook-id."""
+        event_id = query.event
+        if event_id is None:
+            async with self._reading.session() as connection:
+                event_id = await timeline.find_delivery(connection, number)
+        if event_id is None:
+            raise Refused(404, "not_found", f"there is no delivery {number}")
+        return schema.Queued(queued=await self._actions.resend(caller, event_id, number))
 
-    async def status(self, _request: web.Request) -> web.Response:
-        """``GET /status``: what ``hookd status --json`` prints."""
-        async with self._session() as connection:
-            now = await status(connection)
-        return answer(now.facts())
+    @operation("GET", "/attempts")
+    async def list_attempts(self, query: schema.AttemptQuery) -> schema.AttemptList:
+        """Attempts, newest first."""
+        async with self._reading.session() as connection:
+            page = await search.attempts(connection, _filter(query), query.cursor, query.limit)
+        return schema.AttemptList(data=[schema.Attempt(**r) for r in page.rows], **_around(page))
 
-    # Help.
+    @operation("GET", "/dead-letters")
+    async def list_dead_letters(self, query: schema.DeadLetterQuery) -> schema.DeadLetterList:
+        """Deliveries that were given up, those that died last first."""
+        async with self._reading.session() as connection:
+            page = await search.dead_letters(connection, _filter(query), query.cursor, query.limit)
+        return schema.DeadLetterList(data=[schema.DeadLetter(**r) for r in page.rows], **_around(page))
 
-    @contextlib.asynccontextmanager
-    async def _session(self) -> AsyncIterator[asyncpg.Connection]:
-        async with self._pool.acquire() as connection:
-            yield cast("asyncpg.Connection", connection)
+    @operation("POST", "/replay", 202, 200)
+    async def replay(self, body: schema.Replay, caller: Caller) -> Reply[schema.ReplayAnswer]:
+        """
+        Queue settled deliveries again: 202.  With `dry_run` they are only counted: 200.
 
-    async def _asked(self, record: EndpointRecord) -> dict[str, Any]:
-        """An endpoint as it is shown, after it was asked if it has to be."""
-        return await self._verified(record) if record.state == "unverified" else _shown(record)
+        Each is a new delivery with the same webhook-id, whose attempts count from 1.
+        """
+        selection = Selection(
+            body.event, body.endpoint, body.tenant, tuple(body.states), body.since, body.until
+        )
+        if body.dry_run:
+            matching = await self._actions.count_replay(selection)
+            return Reply(schema.ReplayAnswer(matching=matching, queued=0), 200)
+        done = await self._actions.replay(caller, selection)
+        return Reply(schema.ReplayAnswer(matching=done.matching, queued=done.queued), 202)
 
-    async def _verified(self, record: EndpointRecord) -> dict[str, Any]:
-        """Ask it; no session is held meanwhile."""
-        async with self._session() as connection:
-            queue = Queue(connection, lambda: self._daemon.keyring)
-            found = await queue.endpoints([EndpointKey(record.key)])
-        if record.id in queue.unreadable or not found:
-            raise BadRequest(
-                503, "secrets", "the secrets of this endpoint cannot be read; the daemon's log says more"
+    # How it goes.
+
+    @operation("GET", "/status")
+    async def status(self, query: schema.StatusQuery) -> schema.StatusAnswer:
+        """How the daemons, the queue and the lanes are doing."""
+        async with self._reading.session() as connection:
+            now = await status(connection, query.lanes)
+        return schema.StatusAnswer(**now.facts())
+
+    @operation("GET", "/rates")
+    async def rates(self, query: schema.RatesQuery) -> schema.Rates:
+        """Rates, success, latency and lag over time, as the daemons counted them."""
+        async with self._reading.session() as connection:
+            found = await overview.rates(
+                connection, seconds=query.seconds, intervals=query.intervals, until=query.until
             )
-        said = await self._daemon.ask(found[0])
-        async with self._session() as connection:
-            record = await registry.note_verification(
-                connection, record.id, record.url, None if said.verified else said.reason
+        return msgspec.convert(found, schema.Rates, from_attributes=True)
+
+    @operation("GET", "/failures")
+    async def failures(self, query: schema.FailuresQuery) -> schema.FailuresAnswer:
+        """Failures by cause; of the last hour, where nothing else is asked for."""
+        since = query.since or (query.until or datetime.datetime.now(datetime.UTC)) - RECENTLY
+        async with self._reading.session() as connection:
+            found = await overview.failures(
+                connection, since=since, until=query.until, endpoint=query.endpoint, tenant=query.tenant
             )
-        return _shown(record) | {"verification": {"verified": said.verified, "reason": said.reason or None}}
+        return schema.FailuresAnswer(
+            data=[schema.Cause(**c) for c in found.causes], looked_back_to=found.looked_back_to
+        )
 
-    async def _judged(self, url: str) -> Target:
-        found = await vet(url, self._daemon.resolver, https_only=self._daemon.config.network.https_only)
-        if not found.allowed or found.target is None:
-            raise BadRequest(422, "url", f"the URL is refused: {found.reason}")
-        return found.target
+    @operation("GET", "/audit")
+    async def audit(self, query: schema.AuditQuery) -> schema.AuditList:
+        """Who did what, newest first."""
+        sought = audit.Sought(
+            query.endpoint,
+            query.event,
+            query.tenant,
+            query.action,
+            query.who,
+            query.via,
+            query.since,
+            query.until,
+        )
+        async with self._reading.session() as connection:
+            page = await audit.entries(connection, sought, query.cursor, query.limit)
+        return schema.AuditList(data=[schema.AuditEntry(**r) for r in page.rows], **_around(page))
 
-    @staticmethod
-    async def _found(connection: Any, request: web.Request) -> EndpointRecord:
-        try:
-            return await registry.show(connection, _uuid(request.match_info["id"]))
-        except NotPossible:
-            raise BadRequest(404, "not_found", f"there is no endpoint {request.match_info['id']}") from None
-
-
-def _plainly(
-    handler: Callable[[web.Request], Awaitable[web.Response]],
-) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def explained(request: web.Request) -> web.Response:
-        try:
-            return await handler(request)
-        except BadRequest as error:
-            return problem(error.status, error.code, str(error))
-        except NotPossible as error:
-            return problem(422, "refused", str(error))
-
-    return explained
-
-
-async def _read(request: web.Request, kind: type[Body]) -> Body:
-    raw = await request.read()
-    try:
-        return msgspec.json.decode(raw or b"{}", type=kind)
-    except msgspec.ValidationError as error:
-        raise BadRequest(422, "body", str(error).replace("`", "'").replace("Object", "the body")) from None
-    except msgspec.DecodeError as error:
-        raise BadRequest(400, "json", f"the body is not JSON: {error}") from None
+    async def _found(self, endpoint_id: UUID) -> EndpointRecord:
+        async with self._reading.session() as connection:
+            try:
+                return await registry.show(connection, endpoint_id)
+            except NotPossible:
+                raise Refused(404, "not_found", f"there is no endpoint {endpoint_id}") from None
 
 
-def _headers(headers: dict[str, str] | None) -> dict[str, str] | None:
-    wrong = check_headers(headers or {})
-    if wrong is not None:
-        raise BadRequest(422, "headers", wrong)
-    return headers
+def _filter(query: Any) -> search.Filter:
+    """What a query asks for, as a search takes it."""
+    asked = {
+        name: getattr(query, name)
+        for name in query.__struct_fields__
+        if name not in ("cursor", "limit", "state", "verdict", "status")
+    }
+    states = getattr(query, "state", None) or getattr(query, "verdict", None) or ()
+    code = getattr(query, "status", None)
+    return search.Filter(
+        **asked, states=tuple(states), status=int(code.removesuffix("xx")) if code is not None else None
+    )
 
 
-def _secret(kind: KeyType | None, given: str | None) -> Secret:
-    try:
-        return chosen_secret(kind, given, secrets.token_bytes(32))
-    except ValueError as error:
-        raise BadRequest(422, "secret", str(error)) from None
+def _around(page: Page) -> dict[str, Any]:
+    return {"next": page.older, "previous": page.newer, "looked_back_to": page.looked_back_to}
 
 
-def _shown_once(given: str | None, secret: Secret) -> dict[str, Any]:
-    """A secret that was made here; one that was given is known already."""
-    return {} if given is not None else {"secret": secret.reveal()}
-
-
-def _uuid(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise BadRequest(422, "id", f"{text[:50]!r} is no id") from None
-
-
-def _limit(request: web.Request) -> int:
-    text = request.query.get("limit", "100")
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= LIST_MOST):
-        raise BadRequest(422, "limit", f"limit is a number from 1 to {LIST_MOST}")
-    return int(text)
-
-
-def _shown(record: EndpointRecord) -> dict[str, Any]:
+def _facts(record: EndpointRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__ if name not in HIDDEN}
+
+
+def _endpoint(record: EndpointRecord) -> schema.Endpoint:
+    return schema.Endpoint(**_facts(record))
+
+
+def _checked(checked: Checked) -> schema.CheckedEndpoint:
+    return schema.CheckedEndpoint(**_facts(checked.record), verification=_verification(checked.verification))
+
+
+def _verification(said: Any) -> schema.Verification | msgspec.UnsetType:
+    if said is None:
+        return msgspec.UNSET
+    return schema.Verification(verified=said.verified, reason=said.reason or None)
+
+
+def _or_unset(secret: str | None) -> str | msgspec.UnsetType:
+    return msgspec.UNSET if secret is None else secret

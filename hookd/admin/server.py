@@ -1,5 +1,5 @@
 """
-The admin server: JSON API, metrics, probes and the console page, on ``[admin] listen``.
+The admin server: JSON API, metrics, probes and the console, on ``[admin] listen``.
 
 Every request passes ``access`` first, and every answer leaves with its headers.
 """
@@ -10,15 +10,24 @@ import errno
 from typing import TYPE_CHECKING
 
 import asyncpg
+import orjson
 import structlog
 from aiohttp import web
 
-from hookd import __version__
-from hookd.admin.access import CONSOLE, HEADERS, Access
-from hookd.admin.api import Api, problem
-from hookd.admin.console import PAGE, SCRIPT, STYLE
+from hookd.admin.access import HEADERS, Access, is_page
+from hookd.admin.actions import Actions
+from hookd.admin.api import Api
+from hookd.admin.openapi import document
+from hookd.admin.operations import PREFIX, operations, route
+from hookd.admin.problems import problem
+from hookd.admin.sessions import Sessions
 from hookd.config import read_token
+from hookd.console.pages import Console
+from hookd.console.site import Problem
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
+from hookd.postgres.pages import TooMuch
+from hookd.postgres.reading import Busy, Reading
+from hookd.postgres.search import BadFilter
 from hookd.telemetry import CONTENT_TYPE, Telemetry
 
 if TYPE_CHECKING:
@@ -33,8 +42,25 @@ log = structlog.get_logger("hookd")
 
 BODY_MOST = 1024 * 1024
 
+LINE_MOST = 64 * 1024
+"""Of a request line: a search has a path of 1,000 characters, each of which may be twelve bytes long in a URL."""
+
 SESSIONS = 2
-"""Of the API; they are opened when it is used and closed when it is idle."""
+"""For what is done; they are opened when they are needed and closed when they are idle."""
+
+GRACE_S = 3.0
+"""For answers under way when the server stops."""
+
+
+EXPECTED = (
+    ((DatabaseUnavailable, DatabaseRefused), 503, "database"),
+    ((asyncpg.UndefinedTableError,), 503, "schema"),
+    ((BadFilter,), 422, "filter"),
+    ((Busy, TooMuch), 503, "busy"),
+)
+"""What may go wrong, and how it is answered."""
+
+NO_SCHEMA = "the database has no schema of hookd's yet"
 
 
 class AdminServer:
@@ -43,10 +69,14 @@ class AdminServer:
     def __init__(self, daemon: Daemon, database: Database) -> None:
         self._daemon = daemon
         self._pool = database.pool("admin", SESSIONS)
+        self.reading = Reading(database)
+        self.actions = Actions(self._pool, daemon)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
         self._token = read_token(daemon.config.admin.token_file)
-        self._access = Access("", self._token)
+        self._sessions = Sessions(daemon.wall)
+        self._access = Access("", self._token, self._sessions)
+        self._console = Console(daemon, self.reading, self.actions, self._sessions, daemon.wall)
 
     async def start(self) -> str | None:
         """Listen; returns the URL, or None when it is off or the port is another's."""
@@ -55,17 +85,17 @@ class AdminServer:
         if address is None:
             return None
         host, port = address
-        self._access = Access(host, self._token)
+        self._access = Access(host, self._token, self._sessions)
         await self._pool
+        await self.reading.open()
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
-        app.router.add_get(CONSOLE, _content(PAGE.replace("@VERSION@", __version__), "text/html"))
-        app.router.add_get("/console.css", _content(STYLE, "text/css"))
-        app.router.add_get("/console.js", _content(SCRIPT, "text/javascript"))
+        app.on_response_prepare.append(_with_policy)
+        self._console.add_to(app.router, self._access)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
-        Api(self._pool, self._daemon).add_to(app.router)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._add_api(app.router)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S, max_line_size=LINE_MOST)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port).start()
@@ -77,6 +107,7 @@ class AdminServer:
             log.warning("admin server is off for this process", listen=config.admin.listen, reason=reason)
             return None
         bound = self._runner.addresses[0][1]
+        self._sessions.cookie = f"hookd_{bound}"
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def stop(self) -> None:
@@ -85,6 +116,18 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
             self._pool.terminate()
+            self.reading.close()
+
+    def _add_api(self, router: web.UrlDispatcher) -> None:
+        api, described = Api(self.reading, self.actions, self._daemon), operations(Api)
+        for each in described:
+            router.add_route(*route(api, each))
+        said = orjson.dumps(document(described))
+
+        async def openapi(_request: web.Request) -> web.Response:
+            return web.Response(body=said, content_type="application/json")
+
+        router.add_route("GET", f"{PREFIX}/openapi.json", openapi)
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -96,12 +139,13 @@ class AdminServer:
             content_type=request.content_type,
         )
         if refusal is None:
-            answer = await handler(request)
+            return await handler(request)
+        if is_page(request.path):
+            answer = self._console.refused(request, refusal)
         else:
             answer = problem(refusal.status, refusal.code, refusal.message)
-            if refusal.status == 401:
-                answer.headers["WWW-Authenticate"] = "Bearer"
-        answer.headers.update(HEADERS)
+        if refusal.status == 401:
+            answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
 
     @web.middleware
@@ -109,16 +153,28 @@ class AdminServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            return problem(error.status, "http", error.reason)
-        except (DatabaseUnavailable, DatabaseRefused) as error:
-            return problem(503, "database", str(error))
-        except asyncpg.UndefinedTableError:
-            return problem(503, "database", "the database has no schema of hookd's yet")
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            if error.status < 400:
+                raise
+            answer = self._failed(request, error.status, "http", error.reason)
+            if "Allow" in error.headers:
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
+        except Problem as error:
+            return self._console.failed(request, error.status, str(error), error.title)
+        except Exception as error:
+            for kinds, status, code in EXPECTED:
+                if isinstance(error, kinds):
+                    return self._failed(request, status, code, NO_SCHEMA if code == "schema" else str(error))
             if unavailable(error) is None:
-                log.exception("a request to the API failed", path=request.path)
-                return problem(500, "internal", "this should not happen; the log says more")
-            return problem(503, "database", "the database cannot be reached now")
+                log.exception("a request to the admin server failed", path=request.path)
+                return self._failed(request, 500, "internal", "this should not happen; the log says more")
+            return self._failed(request, 503, "database", "the database cannot be reached now")
+
+    def _failed(self, request: web.Request, status: int, code: str, message: str) -> web.Response:
+        """What went wrong, for a program or for a person."""
+        if is_page(request.path):
+            return self._console.failed(request, status, message)
+        return problem(status, code, message)
 
     # Pages.
 
@@ -136,8 +192,7 @@ class AdminServer:
         return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _content(text: str, content_type: str) -> Handler:
-    async def content(_request: web.Request) -> web.StreamResponse:
-        return web.Response(text=text, content_type=content_type)
-
-    return content
+async def _with_policy(_request: web.Request, answer: web.StreamResponse) -> None:
+    """Every answer leaves with the headers; what is cached says so itself."""
+    for name, value in HEADERS.items():
+        answer.headers.setdefault(name, value)

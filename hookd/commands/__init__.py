@@ -33,6 +33,7 @@ COMMANDS = {
     "top": ("top", "top", "The same, live"),
     "replay": ("replay", "replay", "Queue settled deliveries again"),
     "resend": ("replay", "resend", "One event or delivery again, now"),
+    "audit": ("audit", "audit", "Who did what to endpoints and deliveries"),
     "verify": ("verify", "verify", "Say whether a captured request's signature holds"),
     "listen": ("listen", "listen", "A receiver for development"),
     "docs": ("docs", "docs", "Documentation for those who receive"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands.session import Failed, keyring_of
+from hookd.commands.session import Failed, keyring_of, whoami
 from hookd.config import address_rules
 
 if TYPE_CHECKING:
@@ -71,38 +71,35 @@ async def verification(
     async with _exchange(config) as exchange:
         answer = await ask(found, exchange, _wire(config), time.time())
     problem = None if answer.verified else answer.reason
-    return await registry.note_verification(connection, endpoint_id, record.url, problem), answer
+    record = await registry.note_verification(connection, endpoint_id, record.url, problem, actor=whoami())
+    return record, answer
 
 
 async def tested(
     connection: asyncpg.Connection, config: Config, endpoint_id: Any, type_: str, data: str
 ) -> tuple[str, Outcome]:
     """Send an endpoint a test event: the request, with the endpoint's own headers hidden, and what came of it."""
-    from hookd.core.composer import Composer  # noqa: PLC0415 - not for --help
-    from hookd.core.model import Delivery, DeliveryId, Event  # noqa: PLC0415
-    from hookd.core.request import InvalidRequest  # noqa: PLC0415
-    from hookd.postgres import registry  # noqa: PLC0415
+    from hookd.core.request import InvalidRequest  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, registry  # noqa: PLC0415
+    from hookd.trial import try_out  # noqa: PLC0415
 
     record = await registry.show(connection, endpoint_id)
     if record.state == "unverified":
         raise Failed(f"it receives nothing before it is verified; run: hookd endpoint verify {endpoint_id}")
     found = await _endpoint(connection, config, record)
     event_id = await connection.fetchval("select hookd.uuid7()")
-    event = Event(event_id, type_, record.tenant, data.encode(), time.time())
-    delivery = Delivery(DeliveryId(0), found.key, event, 0, found.shard)
-    try:
-        request = Composer(found, _wire(config)).compose(delivery, int(time.time()))
-    except InvalidRequest as problem:
-        raise Failed(f"the request cannot be made: {problem}") from None
-    async with _exchange(config) as exchange:
-        outcome = await exchange.send(request)
-    own = {name.lower() for name in found.headers}
-    head = (request.head + request.lines).decode("latin-1").replace("\r\n", "\n").rstrip("\n")
-    shown_head = "\n".join(
-        f"{line.partition(':')[0]}: ***" if line.partition(":")[0].lower() in own else line
-        for line in head.split("\n")
+    await audit.record(
+        connection, whoami(), "endpoint.test", audit.Subject(endpoint=endpoint_id), {"type": type_}
     )
-    return f"{shown_head}\n\n{request.body.decode('utf-8', 'replace')}", outcome
+    async with _exchange(config) as exchange:
+        try:
+            sent, outcome = await try_out(
+                found, exchange, _wire(config), event_id=event_id, type_=type_, data=data, now=time.time()
+            )
+        except InvalidRequest as problem:
+            raise Failed(f"the request cannot be made: {problem}") from None
+    head = "\n".join(f"{name}: {value}" for name, value in sent["headers"])
+    return f"{sent['line']}\n{head}\n\n{sent['body']}", outcome
 
 
 async def _endpoint(connection: asyncpg.Connection, config: Config, record: EndpointRecord) -> Endpoint:

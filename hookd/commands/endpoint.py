@@ -23,6 +23,7 @@ from hookd.commands.session import (
     print_json,
     print_table,
     shown,
+    whoami,
     with_connection,
 )
 from hookd.config import duration, load
@@ -154,8 +155,9 @@ def add(
         target = await judged(url, config)
         required = config.security.require_verification
         record = await registry.add(
-            connection, tenant, _change(settings, target), secret, keyring=keyring, verified=not required
-        )
+            connection, tenant, _change(settings, target), secret,
+            keyring=keyring, verified=not required, actor=whoami(),
+        )  # fmt: skip
         return await verification(connection, config, record.id) if required else (record, None)
 
     record, answer = with_connection(invocation, work)
@@ -268,8 +270,9 @@ def update(
         target = await judged(url, config) if url else None
         required = config.security.require_verification
         record = await registry.update(
-            connection, wanted, _change(given, target, clear), keyring=keyring, verified=not required
-        )
+            connection, wanted, _change(given, target, clear),
+            keyring=keyring, verified=not required, actor=whoami(),
+        )  # fmt: skip
         if url and record.state == "unverified":
             return await verification(connection, config, wanted)
         return record, None
@@ -288,7 +291,10 @@ def pause(invocation: Invocation, endpoint_id: str, reason: str | None) -> None:
     """Let its deliveries wait."""
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    _print(invocation, _simple(invocation, endpoint_id, lambda c, i: registry.pause(c, i, reason)))
+    _print(
+        invocation,
+        _simple(invocation, endpoint_id, lambda c, i: registry.pause(c, i, reason, actor=whoami())),
+    )
 
 
 @endpoint.command()
@@ -309,8 +315,9 @@ def resume(invocation: Invocation, endpoint_id: str, missed: str) -> None:
     ) -> tuple[int, EndpointRecord, Verification | None]:
         wanted = await endpoint_of(connection, endpoint_id)
         record, queued = await registry.resume(
-            connection, wanted, missed, ask_again_after_s=config.ask_again_after_s()
-        )
+            connection, wanted, missed,
+            ask_again_after_s=config.ask_again_after_s(), actor=whoami(),
+        )  # fmt: skip
         if record.state == "unverified":
             return queued, *await verification(connection, config, wanted)
         return queued, record, None
@@ -328,7 +335,7 @@ def remove(invocation: Invocation, endpoint_id: str) -> None:
     """Send it nothing more; what is pending is cancelled, its history stays."""
     from hookd.postgres import registry  # noqa: PLC0415 - not for --help
 
-    _print(invocation, _simple(invocation, endpoint_id, registry.remove))
+    _print(invocation, _simple(invocation, endpoint_id, lambda c, i: registry.remove(c, i, actor=whoami())))
 
 
 @endpoint.command()
@@ -357,7 +364,8 @@ def rotate(
         before = await registry.show(connection, wanted)
         secret = _secret(key_type or (None if given else before.key_type), given)
         keyring = keyring_of(config)
-        return await registry.rotate(connection, wanted, secret, overlap_s, keyring=keyring), secret
+        record = await registry.rotate(connection, wanted, secret, overlap_s, keyring=keyring, actor=whoami())
+        return record, secret
 
     record, secret = with_connection(invocation, work)
     shown_once = _secret_shown(secret, given)
@@ -387,7 +395,7 @@ def verify(invocation: Invocation, endpoint_id: str, *, trust: bool) -> None:
         if not trust:
             return await verification(connection, config, wanted)
         record = await registry.show(connection, wanted)
-        record = await registry.note_verification(connection, wanted, record.url, None)
+        record = await registry.note_verification(connection, wanted, record.url, None, actor=whoami())
         return record, Verification(verified=True)
 
     record, answer = with_connection(invocation, work)

@@ -22,6 +22,7 @@ from hookd.commands.session import (
     print_fields,
     print_json,
     print_table,
+    whoami,
     with_connection,
 )
 from hookd.config import load
@@ -293,11 +294,17 @@ def evict(invocation: Invocation, node: str) -> None:
     For a daemon that hangs, on a machine that cannot be reached: the others take over its hosts at once.  One that is alive
     reconnects and gets its share again; to stop it, stop it.
     """
-    from hookd.postgres.status import NoSuchNode  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit  # noqa: PLC0415 - not for --help
+    from hookd.postgres.status import NoSuchNode  # noqa: PLC0415
     from hookd.postgres.status import evict as end  # noqa: PLC0415
 
+    async def work(connection: asyncpg.Connection, _config: Config) -> str:
+        name = await end(connection, node)
+        await audit.record(connection, whoami(), "node.evict", audit.Subject(), {"node": name})
+        return name
+
     try:
-        name = with_connection(invocation, lambda c, _: end(c, node))
+        name = with_connection(invocation, work)
     except NoSuchNode as problem:
         raise Failed(str(problem)) from None
     print_json({"evicted": name}) if invocation.json else click.echo(f"evicted {name}")

@@ -9,7 +9,16 @@ import click
 
 from hookd.commands import completing
 from hookd.commands.inspect import find
-from hookd.commands.session import Failed, endpoint_of, event_of, moment, options, print_json, with_connection
+from hookd.commands.session import (
+    Failed,
+    endpoint_of,
+    event_of,
+    moment,
+    options,
+    print_json,
+    whoami,
+    with_connection,
+)
 
 if TYPE_CHECKING:
     import asyncpg
@@ -45,7 +54,7 @@ def replay(
 
     Each becomes a new delivery with the same webhook-id, whose attempts count from 1.
     """
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     if not (event_id or endpoint_id or tenant or since or until or states):
         raise Failed("say what to replay: --event, --endpoint, --tenant, --since, --until or --state", 2)
@@ -66,6 +75,7 @@ def replay(
             click.echo(f"{count} deliveries are queued again", err=True)
             if count > ASK_ABOVE and not yes and sys.stdin.isatty():
                 click.confirm("go on?", abort=True, err=True)
+        await audit.record(connection, whoami(), "delivery.replay", *audit.of_selection(selection))
         queued = 0
         with click.progressbar(
             length=count, label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
@@ -90,7 +100,7 @@ def replay(
 @click.pass_obj
 def resend(invocation: Invocation, id_: str) -> None:
     """One event (to all its endpoints) or one delivery (by its number) again, now."""
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, history  # noqa: PLC0415 - not for --help
 
     async def work(connection: asyncpg.Connection, _config: Config) -> int:
         event_id, delivery_id = await find(connection, id_)
@@ -103,6 +113,9 @@ def resend(invocation: Invocation, id_: str) -> None:
                     f"delivery {delivery_id} was followed by a newer one; resend the event {event_id}"
                 )
             selection["endpoint"] = chosen[0]["endpoint_id"]
+        await audit.record(
+            connection, whoami(), "delivery.resend", *audit.of_selection(selection, delivery_id)
+        )
         queued = 0
         async for total in history.replay(connection, selection):
             queued = total

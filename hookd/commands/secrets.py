@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookd.commands.session import Failed, keyring_of, options, print_fields, print_json, with_connection
+from hookd.commands.session import (
+    Failed,
+    keyring_of,
+    options,
+    print_fields,
+    print_json,
+    whoami,
+    with_connection,
+)
 from hookd.core.words import several
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ def rotate(invocation: Invocation, *, dry_run: bool) -> None:
     What is plain text is encrypted, what is under an older key is encrypted anew.  It can be broken off and run again, and
     runs beside daemons that know the newest key.
     """
-    from hookd.postgres import vault  # noqa: PLC0415 - not for --help
+    from hookd.postgres import audit, vault  # noqa: PLC0415 - not for --help
 
     async def work(connection: asyncpg.Connection, config: Config) -> tuple[Keyring, Census, vault.Resealed]:
         keyring = keyring_of(config)
@@ -83,6 +91,7 @@ def rotate(invocation: Invocation, *, dry_run: bool) -> None:
         progress = vault.Resealed()
         if dry_run:
             return keyring, before, progress
+        await audit.record(connection, whoami(), "secrets.rotate", audit.Subject(), {"key": keyring.newest})
         stale = before.total - before.by_key.get(keyring.newest or "", 0)
         with click.progressbar(
             length=stale, label="encrypting", file=sys.stderr, hidden=not sys.stderr.isatty()

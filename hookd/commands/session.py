@@ -7,7 +7,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import getpass
 import json
+import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from hookd.commands import Invocation
     from hookd.config import Config
     from hookd.core.sealing import Keyring
+    from hookd.postgres.audit import Actor
     from hookd.postgres.connect import Database
 
 T = TypeVar("T")
@@ -195,6 +199,17 @@ def plain_failures() -> Iterator[None]:
         said = (getattr(error, "message", None) or str(error)).removeprefix("hookd: ").partition("\n")[0]
         hint = getattr(error, "hint", None)
         raise Failed(str(lost) if lost else f"{said}; {hint}" if hint else said) from None
+
+
+def whoami() -> Actor:
+    """Who types: for the audit trail."""
+    from hookd.postgres.audit import Actor  # noqa: PLC0415 - not for --help
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may have a number and no name
+        user = str(os.getuid()) if hasattr(os, "getuid") else "somebody"
+    return Actor("cli", f"{user}@{socket.gethostname()}")
 
 
 def uuid_of(text: str, what: str = "id") -> UUID:

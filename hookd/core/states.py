@@ -3,7 +3,7 @@ Coalesce keys: which delivery stands for each in memory, and what newer rows rep
 
 Each read says of a row that was not attempted whether a newer one of its key is pending, and if so it ends there and then.
 A row that is the newest makes those end that wait in memory, and, by a read of their own, those that wait in the queue.  Of
-a key one delivery at a time is under way; when it ends the newest is read.
+a key one delivery at a time is under way, and retries, which nothing replaces; when it ends the newest is read.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class States:
             if held > row.id:
                 return True  # a retry of an older one: it was attempted, so it is not replaced
             if not give_way(row.endpoint, held, row.event_id):
+                if row.attempt:
+                    return True  # a retry: what is read when the one under way has ended is the newest, perhaps another
                 self._awaited.add(key)
                 return False
         self._held[key] = row.id

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from uuid import UUID
 
     import asyncpg
@@ -169,13 +169,21 @@ async def replay(connection: asyncpg.Connection, selection: Mapping[str, Any], s
     replay never meets its own results.  Keys: states, event, endpoint, since, until, tenant.
     """
     chosen = await connection.fetch(REPLAYABLE, *_selected(selection))
+    async for queued in queue_again(
+        connection, [(r["event_id"], r["endpoint_id"]) for r in chosen], slice_rows
+    ):
+        yield queued
+
+
+async def queue_again(
+    connection: asyncpg.Connection, pairs: Sequence[tuple[UUID, UUID]], slice_rows: int = 2000
+) -> AsyncIterator[int]:
+    """Queue events for endpoints once more; yields how many were queued so far."""
     queued = 0
-    for start in range(0, len(chosen), slice_rows):
-        part = chosen[start : start + slice_rows]
+    for start in range(0, len(pairs), slice_rows):
+        part = pairs[start : start + slice_rows]
         async with connection.transaction():
-            row = await connection.fetchrow(
-                REPLAY, [r["event_id"] for r in part], [r["endpoint_id"] for r in part]
-            )
+            row = await connection.fetchrow(REPLAY, [event for event, _ in part], [to for _, to in part])
             assert row is not None
             if row["shards"]:
                 await connection.execute("select hookd.wake($1)", row["shards"])

@@ -7,6 +7,7 @@ It has a connection of its own, because a partition may have to wait for a lock,
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -15,7 +16,7 @@ from hookd.postgres.connect import refused
 from hookd.postgres.registry import VERIFIED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from uuid import UUID
 
 TIMEOUT_S = 60.0
@@ -76,6 +77,34 @@ select (select count(*) from (select from hookd.delivery where due_at is null li
           from (select event_id from hookd.delivery where due_at is null order by event_id limit 1) o) as oldest_s
 """
 
+NOTE_TALLY = """
+insert into hookd.tally as t (seconds, at, node, delivery_id, pending, oldest_s, in_flight, figures)
+values ($1, to_timestamp($2), $3, coalesce(pg_sequence_last_value('hookd.delivery_id'), 0), $4, $5, $6, $7::text::jsonb)
+on conflict (seconds, at, node) do update
+   set delivery_id = excluded.delivery_id, pending = greatest(t.pending, excluded.pending),
+       oldest_s = greatest(t.oldest_s, excluded.oldest_s), in_flight = greatest(t.in_flight, excluded.in_flight),
+       figures = excluded.figures
+"""
+
+NOTE_HOURS = """
+insert into hookd.endpoint_hour as h (at, endpoint, delivered, failed, total_ms, slowest_ms)
+select to_timestamp($1), * from unnest($2::integer[], $3::integer[], $4::integer[], $5::double precision[], $6::real[])
+on conflict (at, endpoint) do update
+   set delivered = h.delivered + excluded.delivered, failed = h.failed + excluded.failed,
+       total_ms = h.total_ms + excluded.total_ms, slowest_ms = greatest(h.slowest_ms, excluded.slowest_ms)
+"""
+
+PURGE_FIGURES = (
+    """
+    delete from hookd.tally
+     where at < clock_timestamp() - make_interval(secs => $1) or seconds = 60 and at < clock_timestamp() - interval '2 days'
+    """,
+    "delete from hookd.endpoint_hour where at < clock_timestamp() - make_interval(secs => $1)",
+)
+
+# A trail is read long after what it tells of is gone.
+PURGE_AUDIT = "delete from hookd.audit where at < clock_timestamp() - interval '400 days'"
+
 WITHDRAW = "delete from hookd.node where id = $1"
 
 
@@ -94,7 +123,7 @@ class Maintenance:
         """Drop the oldest partition if it is all older; None if there was none, or if a lock was not to be had."""
         return await self._locked(DROP_PARTITION, parent, older_than_s)
 
-    async def purge(self, *, dead_letters_s: float, events_s: float) -> int:
+    async def purge(self, *, dead_letters_s: float, events_s: float, attempts_s: float) -> int:
         """Delete what retention ends and partitions do not; one slice of each, returns how many rows."""
         deleted = 0
         for statement, age in (
@@ -105,6 +134,9 @@ class Maintenance:
             status = await self._unless_locked(self._connection.execute, statement, age)
             deleted += int(status.rpartition(" ")[2]) if status else 0
         await self._unless_locked(self._connection.execute, PURGE_NODES)
+        for statement in PURGE_FIGURES:
+            await self._unless_locked(self._connection.execute, statement, attempts_s)
+        await self._unless_locked(self._connection.execute, PURGE_AUDIT)
         return deleted
 
     async def prepare(self) -> None:
@@ -122,6 +154,19 @@ class Maintenance:
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
         await self._unless_locked(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+
+    async def note_tally(
+        self, seconds: int, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
+    ) -> None:
+        """What a daemon has counted in so many seconds from then; ``gauges``: pending, oldest_s, in_flight."""
+        await self._unless_locked(
+            self._connection.execute, NOTE_TALLY, seconds, at, node, *gauges, json.dumps(figures)
+        )
+
+    async def note_hours(self, at: float, fares: Sequence[tuple[int, int, int, float, float]]) -> None:
+        """Add to the hour that began then: endpoint key, delivered, failed, total and slowest milliseconds."""
+        columns = [list(column) for column in zip(*fares, strict=True)]
+        await self._unless_locked(self._connection.execute, NOTE_HOURS, at, *columns)
 
     async def note_verified(self, endpoint_id: UUID, url: str) -> None:
         """An endpoint's URL has answered a challenge."""

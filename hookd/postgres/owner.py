@@ -133,6 +133,7 @@ update hookd.delivery d
    set shard = e.shard, xid = pg_current_xact_id()
   from hookd.endpoint e
  where d.endpoint = any($1::integer[]) and e.key = d.endpoint and d.shard <> e.shard and d.shard = any($2::smallint[])
+   and not d.id = any($3::bigint[])
 """
 
 ATTEMPT_COLUMNS = (
@@ -256,9 +257,11 @@ class OwnerSession:
                 self.lost.set()
                 raise DatabaseRefused(SHARED)
 
-    async def forward(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Hand rows of shards of ours to the shard that their endpoint has moved to."""
-        await self._run(self._connection.execute, FORWARD, list(endpoints), list(self.shards))
+    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None:
+        """Hand rows of shards of ours to the shard that their endpoint has moved to, but not those ``under_way``."""
+        await self._run(
+            self._connection.execute, FORWARD, list(endpoints), list(self.shards), list(under_way)
+        )
 
     async def settle(self, results: Sequence[Result]) -> Settled:
         """

@@ -237,7 +237,13 @@ FLAG_SLEEP = (
 class Queue:
     """The feed's connection."""
 
-    def __init__(self, connection: asyncpg.Connection, keyring: Callable[[], Keyring]) -> None:
+    def __init__(
+        self,
+        connection: asyncpg.Connection,
+        keyring: Callable[[], Keyring],
+        mono: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mono = mono
         self._connection = connection
         self._keyring = keyring
         self.unreadable: dict[UUID, str] = {}
@@ -251,7 +257,7 @@ class Queue:
 
     def waited_s(self) -> float:
         """How long the read that is under way has been waited for; 0 without one."""
-        return 0.0 if self._asked_mono is None else time.monotonic() - self._asked_mono
+        return 0.0 if self._asked_mono is None else self._mono() - self._asked_mono
 
     async def prepare(self, notified: Callable[[str], None]) -> None:
         """Pin the plans and listen; ``notified`` is called with the payload of each notification."""
@@ -367,7 +373,7 @@ class Queue:
 
     async def _run(self, call: Any, *args: Any) -> Any:
         self.statements += 1
-        self._asked_mono = time.monotonic()
+        self._asked_mono = self._mono()
         try:
             return await call(*args, timeout=READ_TIMEOUT_S)
         except Exception as error:

@@ -1,7 +1,8 @@
 """
 Endpoints as their owners manage them: add, list, change, pause, resume, remove, rotate.
 
-These functions write ``hookd.endpoint`` and its secrets, and never ``hookd.delivery``: the daemon that owns the shard
+What somebody does with them is written into the audit trail in the same transaction, where an ``actor`` is named.  These
+functions write ``hookd.endpoint`` and its secrets, and never ``hookd.delivery``: the daemon that owns the shard
 applies what was changed to what is pending.  They are given a URL that has been judged already; that is the caller's
 business, because it needs the network.
 """
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres import vault
+from hookd.postgres import audit, vault
+from hookd.postgres.audit import Subject
 
 if TYPE_CHECKING:
     import datetime
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from hookd.core.model import Secret
     from hookd.core.sealing import Keyring
+    from hookd.postgres.audit import Actor
 
 TYPE_PATTERN = re.compile(r"\*|[^\s*]{1,255}?(\.\*)?")
 
@@ -48,6 +51,7 @@ LIST = (
     + """
  where ($1::text is null or e.tenant = $1) and ($2::text is null or e.state = $2)
    and (e.state <> 'removed' or $2 = 'removed') and ($3::uuid is null or e.id > $3)
+   and ($5::text is null or strpos(lower(e.url), lower($5)) > 0)
  order by e.id
  limit $4
 """
@@ -171,6 +175,17 @@ class EndpointChange:
     clear: frozenset[str] = frozenset()
     """Of filter, format, rate, concurrency, description: back to none."""
 
+    def facts(self) -> dict[str, Any]:
+        """What is changed, for the audit trail: of headers the names."""
+        said = {
+            name: getattr(self, name)
+            for name in ("url", "types", "filter", "format", "ordered", "rate", "concurrency", "description")
+            if getattr(self, name) is not None
+        }
+        if self.headers is not None:
+            said["header_names"] = sorted(self.headers)
+        return said | dict.fromkeys(sorted(self.clear))
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointRecord:
@@ -235,6 +250,7 @@ async def add(
     *,
     keyring: Keyring,
     verified: bool = True,
+    actor: Actor | None = None,
 ) -> EndpointRecord:
     """
     Register an endpoint; one that is not ``verified`` receives nothing before it has answered a challenge.
@@ -264,6 +280,7 @@ async def add(
             await vault.add_signing(connection, keyring, row["key"], row["id"], secret)
             if change.headers:
                 await vault.set_headers(connection, keyring, row["key"], row["id"], change.headers)
+            await _note(connection, actor, "endpoint.add", row["id"], change.facts())
     return await show(connection, row["id"])
 
 
@@ -287,9 +304,10 @@ async def listing(
     state: str | None = None,
     after: UUID | None = None,
     limit: int = 100,
+    url: str | None = None,
 ) -> list[EndpointRecord]:
-    """Endpoints in order of creation, the removed ones only when asked for."""
-    return [EndpointRecord(**row) for row in await connection.fetch(LIST, tenant, state, after, limit)]
+    """Endpoints in order of creation, the removed ones only when asked for; ``url``: a part of it."""
+    return [EndpointRecord(**row) for row in await connection.fetch(LIST, tenant, state, after, limit, url)]
 
 
 async def update(
@@ -299,6 +317,7 @@ async def update(
     *,
     keyring: Keyring,
     verified: bool = True,
+    actor: Actor | None = None,
 ) -> EndpointRecord:
     """
     Change an endpoint; unless a new URL is taken for ``verified``, it receives nothing before it has answered.
@@ -334,6 +353,8 @@ async def update(
             if key is not None and change.headers is not None:
                 await vault.set_headers(connection, keyring, key, endpoint_id, change.headers)
                 await connection.execute(TOUCH, key)
+            if key is not None:
+                await _note(connection, actor, "endpoint.update", endpoint_id, change.facts())
     return await show(connection, endpoint_id)
 
 
@@ -344,15 +365,25 @@ CLEARABLE = ("filter", "format", "rate", "concurrency", "description")
 
 
 async def pause(
-    connection: asyncpg.Connection, endpoint_id: UUID, reason: str | None = None
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    reason: str | None = None,
+    *,
+    actor: Actor | None = None,
 ) -> EndpointRecord:
     """Let its deliveries wait."""
-    return await _set_state(connection, endpoint_id, "paused", reason, ["active", "unverified", "paused"])
+    async with connection.transaction():
+        await _note(connection, actor, "endpoint.pause", endpoint_id, {"reason": reason} if reason else {})
+        return await _set_state(connection, endpoint_id, "paused", reason, ["active", "unverified", "paused"])
 
 
-async def remove(connection: asyncpg.Connection, endpoint_id: UUID) -> EndpointRecord:
+async def remove(
+    connection: asyncpg.Connection, endpoint_id: UUID, *, actor: Actor | None = None
+) -> EndpointRecord:
     """Mark it; its owner cancels what is pending."""
-    return await _set_state(connection, endpoint_id, "removed", None, STAYING)
+    async with connection.transaction():
+        await _note(connection, actor, "endpoint.remove", endpoint_id)
+        return await _set_state(connection, endpoint_id, "removed", None, STAYING)
 
 
 async def resume(
@@ -361,6 +392,7 @@ async def resume(
     missed: str = "none",
     *,
     ask_again_after_s: float | None = None,
+    actor: Actor | None = None,
 ) -> tuple[EndpointRecord, int]:
     """
     Let it receive again; returns how many missed deliveries were queued.
@@ -388,11 +420,18 @@ async def resume(
             queued = row["queued"]
             if row["shards"]:
                 await connection.execute("select hookd.wake($1)", row["shards"])
+        details = {"was": before.state, "missed": missed, "queued": queued}
+        await _note(connection, actor, "endpoint.resume", endpoint_id, details)
     return record, queued
 
 
 async def note_verification(
-    connection: asyncpg.Connection, endpoint_id: UUID, url: str, problem: str | None
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    url: str,
+    problem: str | None,
+    *,
+    actor: Actor | None = None,
 ) -> EndpointRecord:
     """
     Write down what came of a challenge; ``problem``: why it was not answered.
@@ -400,22 +439,43 @@ async def note_verification(
     Raises:
         NotPossible: the endpoint was removed or given another URL meanwhile.
     """
-    if problem is not None:
-        await connection.execute(VERIFY_FAILED, endpoint_id, url, problem)
-    elif await connection.fetchval(VERIFIED, endpoint_id, url) is None:
-        raise NotPossible(f"endpoint {endpoint_id} was removed or given another URL meanwhile; ask again")
+    async with connection.transaction():
+        details = {"verified": problem is None} | ({} if problem is None else {"reason": problem})
+        await _note(connection, actor, "endpoint.verify", endpoint_id, details)
+        if problem is not None:
+            await connection.execute(VERIFY_FAILED, endpoint_id, url, problem)
+        elif await connection.fetchval(VERIFIED, endpoint_id, url) is None:
+            raise NotPossible(f"endpoint {endpoint_id} was removed or given another URL meanwhile; ask again")
     return await show(connection, endpoint_id)
 
 
 async def rotate(
-    connection: asyncpg.Connection, endpoint_id: UUID, secret: Secret, overlap_s: float, *, keyring: Keyring
+    connection: asyncpg.Connection,
+    endpoint_id: UUID,
+    secret: Secret,
+    overlap_s: float,
+    *,
+    keyring: Keyring,
+    actor: Actor | None = None,
 ) -> EndpointRecord:
     """Sign with a new secret; the old ones sign too for ``overlap_s`` more seconds."""
     record = await show(connection, endpoint_id)
     async with connection.transaction():
         await vault.replace_signing(connection, keyring, record.key, endpoint_id, secret, overlap_s)
         await connection.execute(TOUCH, record.key)
+        await _note(connection, actor, "endpoint.rotate", endpoint_id, {"overlap_s": overlap_s})
     return await show(connection, endpoint_id)
+
+
+async def _note(
+    connection: asyncpg.Connection,
+    actor: Actor | None,
+    action: str,
+    endpoint_id: UUID,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    if actor is not None:
+        await audit.record(connection, actor, action, Subject(endpoint=endpoint_id), details)
 
 
 async def _set_state(

@@ -195,6 +195,19 @@ async def status(connection: asyncpg.Connection, lanes: int = LANES) -> Status:
     return Status(facts.pop("at"), published, facts, by_trouble(counted), len(known) - len(shown))
 
 
+PENDING_OF = f"""
+select (select count(*) from (select from hookd.delivery where endpoint = $1 and due_at is null limit {COUNT_MOST + 1}) f) as fresh,
+       (select count(*) from (select from hookd.delivery where endpoint = $1 and due_at is not null limit {COUNT_MOST + 1}) r) as waiting
+"""
+
+
+async def pending_of(connection: asyncpg.Connection, endpoint_key: int) -> tuple[int, int]:
+    """What waits for an endpoint: fresh ones, and those that are due later; each counted to just above ``COUNT_MOST``."""
+    row = await connection.fetchrow(PENDING_OF, endpoint_key)
+    assert row is not None
+    return row["fresh"], row["waiting"]
+
+
 async def nodes(connection: asyncpg.Connection) -> list[dict[str, Any]]:
     """What each daemon said of itself within the last 15 seconds."""
     return [dict(n) | {"summary": json.loads(n["summary"])} for n in await connection.fetch(NODES)]

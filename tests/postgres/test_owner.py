@@ -20,8 +20,10 @@ from hookd.core.model import (
     Verdict,
     VerdictKind,
 )
+from hookd.core.sealing import PLAIN
 from hookd.postgres.connect import DatabaseUnavailable
 from hookd.postgres.owner import BadBatch, OwnerSession
+from hookd.postgres.queue import Queue
 from tests.producing import add_endpoint, fetch, send
 
 if TYPE_CHECKING:
@@ -143,3 +145,51 @@ def test_an_old_answer_does_not_vouch(dsn: str) -> None:
         assert not owner.trusted(now + 2.5)
 
     run(dsn, work)
+
+
+def test_what_is_under_way_is_not_forwarded(dsn: str) -> None:
+    """It was sent by the new owner too, while the old one was sending it."""
+
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        for _ in range(3):
+            await send(dsn)
+        first, *others = await pending(dsn)
+        (moved,) = await fetch(
+            dsn,
+            "update hookd.endpoint set host = '127.0.0.1:9002', url = 'http://127.0.0.1:9002/' returning shard",
+        )
+        assert moved["shard"] != first.shard
+        await owner.forward([first.endpoint], [first.id])
+        assert {d.id: d.shard for d in await pending(dsn)} == {
+            first.id: first.shard,
+            **{d.id: moved["shard"] for d in others},
+        }
+        await owner.forward([first.endpoint], [])
+        assert {d.shard for d in await pending(dsn)} == {moved["shard"]}
+
+    run(dsn, work)
+
+
+def test_a_session_that_ends_while_it_begins_to_listen_is_a_lost_one() -> None:
+    """It was an internal error, which waits for five seconds."""
+
+    class Dying:
+        def add_termination_listener(self, _: object) -> None:
+            pass
+
+        async def execute(self, _: str, *, timeout: float) -> None:
+            pass
+
+        async def add_listener(self, *_: object) -> None:
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+        def terminate(self) -> None:
+            pass
+
+    async def go() -> None:
+        connection: Any = Dying()
+        with pytest.raises(DatabaseUnavailable):
+            await Queue(connection, lambda: PLAIN).prepare(lambda _: None)
+
+    asyncio.run(go())

@@ -1,0 +1,72 @@
+"""``hookd audit``: who did what."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hookd.commands.session import (
+    Failed,
+    moment,
+    options,
+    print_json,
+    print_table,
+    uuid_of,
+    with_connection,
+)
+
+if TYPE_CHECKING:
+    from hookd.commands import Invocation
+
+
+@click.command()
+@click.option("--endpoint", metavar="ID")
+@click.option("--event", metavar="ID")
+@click.option("--tenant")
+@click.option("--action", metavar="NAME", help="endpoint.pause, endpoint.rotate, delivery.replay, …")
+@click.option("--since", metavar="TIME", help="From 2h (ago), or from a time.")
+@click.option("--until", metavar="TIME")
+@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@options
+@click.pass_obj
+def audit(invocation: Invocation, /, *, limit: int, **given: Any) -> None:
+    """
+    Who did what to which endpoint, event or delivery, newest first.
+
+    Whatever changes something is in it: commands, the API and the console.
+    """
+    from hookd.postgres.audit import Sought, entries  # noqa: PLC0415 - not for --help
+    from hookd.postgres.pages import TooMuch  # noqa: PLC0415
+
+    sought = Sought(
+        endpoint=uuid_of(given["endpoint"], "endpoint id") if given["endpoint"] else None,
+        event=uuid_of(given["event"], "event id") if given["event"] else None,
+        tenant=given["tenant"],
+        action=given["action"],
+        since=moment(given["since"]),
+        until=moment(given["until"]),
+    )
+    try:
+        page = with_connection(invocation, lambda c, _: entries(c, sought, None, limit, look_s=10))
+    except TooMuch as problem:
+        raise Failed(str(problem)) from None
+    if invocation.json:
+        print_json(page.rows)
+        return
+    print_table(
+        [
+            (
+                r["at"],
+                r["via"],
+                r["who"],
+                r["action"],
+                r["endpoint_id"] or r["event_id"],
+                json.dumps(r["details"], ensure_ascii=False) if r["details"] else None,
+            )
+            for r in page.rows
+        ],
+        ("at", "via", "who", "did", "to", "how"),
+        "nothing was done yet",
+    )
