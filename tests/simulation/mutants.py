@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from hookd.core.heads import Heads
 from hookd.core.lanes import Lanes
 from hookd.core.limits import Gate
 from hookd.core.model import Event, Outcome, OutcomeKind, Result, Verdict, VerdictKind
@@ -219,11 +218,6 @@ def order_forgotten() -> Any:
     return mock.patch.object(Feed, "_turn_of", wrong)
 
 
-def late_heads_passed_over() -> Any:
-    """A successor is taken though an older row has come since it was read."""
-    return mock.patch.multiple(Heads, came=lambda *_: None, overtaken=lambda *_: False)
-
-
 def moved_in_flight() -> Any:
     """An endpoint's rows are forwarded to its new shard while they are in flight."""
     return mock.patch.object(Dispatcher, "under_way", lambda _self, _keys: [])
@@ -263,14 +257,13 @@ MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...], int]] = {
         (retries_dropped, ("hosts",), 6),
         (event_lost_between_reads, (), 13),
         (settled_rows_come_back, ("hosts", "slow_reads"), 61),
-        (in_flight_unknown, ("storm", "hosts"), 123),
+        (in_flight_unknown, ("terminate", "sluggish"), 1),
         (released_while_busy, ("crash", "term"), 59),
         (snapshot_after_recovery, (), 12),
         (rate_forgotten, (), 1),
         (one_too_many, (), 3),
         (order_forgotten, ("late", "hosts"), 1),
-        (late_heads_passed_over, ("late", "slow_reads"), 35),
-        (moved_in_flight, ("move", "hosts"), 92),
+        (moved_in_flight, ("move", "sluggish"), 30),
         (held_and_forgotten, ("ours",), 2),
         (full_spins, ("hosts",), 14),
     )

@@ -62,7 +62,7 @@ FAULTS = (
     "hosts", "ours", "wall", "db_clock", "reload", "pause", "disable", "remove", "move", "limits", "replay", "late",
     "rollback", "poison", "repeatable", "slow_reads",
 )  # fmt: skip
-"""What may go wrong; a seed has about a third of them."""
+"""What may go wrong; a seed has about a third of them.  And ``sluggish``, which is only asked for: slow hosts from the start."""
 
 SMALL: dict[tuple[Any, str], tuple[Any, ...]] = {
     (hookd.recorder, "HIGH_WATER"): (2, 10, 5000),
@@ -159,7 +159,10 @@ class World:
         self._full_until = 0.0
         self._deaf = dice.choice((0.2, 1.0)) if "deaf" in self.faults else 0.0
         self.hosts = [Host(f"h{n}.example.com:80") for n in range(dice.randint(1, 4))]
-        self._made_up = self._made_hosts = 0
+        if "sluggish" in self.faults:
+            for host in self.hosts:
+                host.mode = "slow"
+        self._made_up = 0
         self.config = self._config()
         self.sizes = {k: dice.choice(v) for k, v in SMALL.items()} if dice.random() < 0.9 else {}
         self._end_at = math.inf
