@@ -73,7 +73,7 @@ def readiness(daemon: DaemonProcess, admin: str = "") -> tuple[int, str]:
             return got.status, ""
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, json.loads(error.read())["error"]["message"]
+            return error.code, json.loads(error.read())["detail"]
 
 
 async def wait_ready(daemon: DaemonProcess, status: int, reason: str = "") -> None:
