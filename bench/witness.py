@@ -42,15 +42,18 @@ OK = HEAD % 200
 NUMBER = re.compile(rb'"n" ?: ?(\d+)')
 HOST = re.compile(rb"h(\d+)\.")
 
-FAILS = 4
+FAILS = 2
 """The first attempt of one event in so many is answered with a 500: whatever is forged is a 200."""
+
+CROSSED_S = 0.3
+"""A lie is judged that was there for so long before the request was read, however late this process may have been."""
 
 FORGERIES = {
     "doubled": "two answers in one write: the second waits for the next request",
-    "late": "a second answer a few milliseconds later, while the connection idles",
+    "late": "a second answer up to 200 ms later, while the connection idles",
     "soon": "a second answer in the next turn of the event loop, when the next request may be on its way",
     "first": "an answer at once on every new connection, before it is asked anything",
-    "half": "the first bytes of a second answer, the rest a few milliseconds later",
+    "half": "the first bytes of a second answer, the rest up to 200 ms later",
 }
 
 
@@ -89,6 +92,8 @@ class Protocol(asyncio.Protocol):
     def __init__(self) -> None:
         self.buffer = b""
         self.loop = asyncio.get_running_loop()
+        self.to_push: asyncio.Handle | None = None
+        self.pushed = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
@@ -131,7 +136,11 @@ class Protocol(asyncio.Protocol):
         Witness.note(OPENED, self.number, *about, 0, n)
         Witness.opened += 1
         if path.startswith("/forge/"):
-            status = 500 if attempt == 1 and id_[-1] % FAILS == 0 else 200
+            if self.to_push is not None:
+                self.to_push.cancel()  # it lies only while it is not asked
+            # a lie that may have crossed this request on the wire cannot be told from its answer, by anybody
+            there = time.monotonic() - self.pushed > CROSSED_S
+            status = 500 if attempt == 1 and id_[-1] % FAILS == 0 and there else 200
             self.forge(path.removeprefix("/forge/"), status, about, n)
             return
         status = 500 if Witness.fail and Witness.dice.random() < Witness.fail else 200
@@ -149,20 +158,23 @@ class Protocol(asyncio.Protocol):
 
     def push(self, data: bytes) -> None:
         if not self.transport.is_closing():
+            self.pushed = time.monotonic()
             self.transport.write(data)
 
     def forge(self, variant: str, status: int, about: tuple[int, bytes, int], n: int) -> None:
         if variant == "doubled":
+            self.pushed = time.monotonic()
             self.answer(status, about, n, OK)
             return
         self.answer(status, about, n)
+        later = Witness.dice.uniform(0.0005, 0.2)
         if variant == "late":
-            self.loop.call_later(Witness.dice.uniform(0.0005, 0.004), self.push, OK)
+            self.to_push = self.loop.call_later(later, self.push, OK)
         elif variant == "soon":
-            self.loop.call_soon(self.push, OK)
+            self.to_push = self.loop.call_soon(self.push, OK)
         elif variant == "half":
             self.push(OK[:9])
-            self.loop.call_later(Witness.dice.uniform(0.0005, 0.004), self.push, OK[9:])
+            self.to_push = self.loop.call_later(later, self.push, OK[9:])
 
 
 class Forward(Protocol):
@@ -170,7 +182,7 @@ class Forward(Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(Witness.dice.choice((0.0, 0.0005, 0.002)), self.push, OK)
+        self.to_push = self.loop.call_later(Witness.dice.choice((0.0, 0.0005, 0.002)), self.push, OK)
 
 
 async def control(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
