@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 @click.option("--action", metavar="NAME", help="endpoint.pause, endpoint.rotate, delivery.replay, …")
 @click.option("--since", metavar="TIME", help="From 2h (ago), or from a time.")
 @click.option("--until", metavar="TIME", help="Before 2h (ago), or before a time.")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="The newest so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="The newest so many."
+)
 @options
 @click.pass_obj
 def audit(invocation: Invocation, /, *, limit: int, **given: Any) -> None:
