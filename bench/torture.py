@@ -656,7 +656,7 @@ ROWS = (
     Row("forged", "answers pushed before, beside and after their request, plain and TLS", forged, 10_000, 10_000, 400, unit="requests"),
     Row("forged-unguarded", "the same without the protection: lies must be believed", forged_unguarded, 2000, 2000, 400, unit="requests"),
     Row("drain", "SIGTERM under load", drain, 100, 20, 2, {"SIGTERM to exit": (1.0, 10_000)}),
-    Row("disk-full", "disk full for 20 s: the database's, the WAL's", disk_full, 6, 2, 2, missing=why_no_small_disk),
+    Row("disk-full", "disk full for 20 s: the database's, the WAL's", disk_full, 6, 2, 1, missing=why_no_small_disk),
     Row("soak", "half of saturation, 5 % failures, a kill each minute", soak, 60, 60, 1, unit="minutes"),
 )  # fmt: skip
 

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--endpoint", metavar="ID")
-@click.option("--event", metavar="ID")
-@click.option("--tenant")
+@click.option("--endpoint", metavar="ID", help="What was done to this endpoint.")
+@click.option("--event", metavar="ID", help="What was done with this event.")
+@click.option("--tenant", help="What was done for this tenant.")
 @click.option("--action", metavar="NAME", help="endpoint.pause, endpoint.rotate, delivery.replay, …")
 @click.option("--since", metavar="TIME", help="From 2h (ago), or from a time.")
-@click.option("--until", metavar="TIME")
-@click.option("--limit", type=click.IntRange(1, 10000), default=20, show_default=True)
+@click.option("--until", metavar="TIME", help="Before 2h (ago), or before a time.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=20, show_default=True, help="The newest so many."
+)
 @options
 @click.pass_obj
 def audit(invocation: Invocation, /, *, limit: int, **given: Any) -> None:

@@ -8,6 +8,7 @@ EXAMPLES = {
     "config show": "hookd config show",
     "config schema": "hookd config schema > config.schema.json",
     "doctor": "hookd doctor",
+    "audit": "hookd audit --since 2h",
     "migrate": "hookd migrate --dry-run",
     "send": "hookd send user.created --data '{\"id\": 123}' --tenant acme",
     "endpoint add": "hookd endpoint add https://example.com/hooks --type 'user.*' --tenant acme",

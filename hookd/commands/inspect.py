@@ -335,6 +335,6 @@ def health(invocation: Invocation) -> None:
 def _said_by(error: urllib.error.HTTPError) -> str:
     text = error.read(1000).decode("utf-8", "replace").strip()
     try:
-        return str(json.loads(text)["error"]["message"])
+        return str(json.loads(text)["detail"])
     except (ValueError, KeyError, TypeError):
         return text

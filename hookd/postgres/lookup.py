@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import asyncpg
 
 BEGINNING = re.compile(r"[0-9a-f]{4,32}")
-LEAST = 4
-"""Characters of a beginning; an id begins with its time, so the first 13 tell all but those of one millisecond apart."""
+"""Of an id; it begins with its time, so the first 13 tell all but those of one millisecond apart."""
 
 ENDPOINTS = """
 select e.id, e.url as said from hookd.endpoint e where e.id between $1 and $2 order by e.id desc limit 4

@@ -94,10 +94,11 @@ def test_what_is_down_and_what_is_alive() -> None:
     answered = OutcomeKind.ANSWERED
     assert {sign(answered, s) for s in (200, 204, 301, 400, 401, 404, 410, 500, 502, 504)} == {"ALIVE"}
     assert {sign(answered, s) for s in (429, 503)} == {"DOWN"}
-    assert sign(OutcomeKind.MALFORMED) == "ALIVE"
+    alive = {OutcomeKind.MALFORMED, OutcomeKind.UNVERIFIED}
+    assert {sign(k) for k in alive} == {"ALIVE"}
     no_exchange = {OutcomeKind.BLOCKED, OutcomeKind.INVALID, OutcomeKind.OURS}
     assert {sign(k) for k in no_exchange} == {"NOTHING"}
-    rest = set(OutcomeKind) - no_exchange - {answered, OutcomeKind.MALFORMED}
+    rest = set(OutcomeKind) - no_exchange - alive - {answered}
     assert {sign(k) for k in rest} == {"DOWN"}
 
 

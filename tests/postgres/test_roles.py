@@ -133,7 +133,7 @@ def test_a_reader_sees_what_may_be_shown_of_a_secret(filled: str) -> None:
 def service(dsn: str) -> Iterator[str]:
     """A DSN of a login role that is a member of hookd_daemon and nothing else."""
     name = f"service_{uuid4().hex[:8]}"
-    run_sql(dsn, f"create role {name} login password 'x' in role hookd_daemon")
+    run_sql(dsn, f"create role {name} login password 'of-the-service' in role hookd_daemon")
     yield name
     run_sql(dsn, f"drop role {name}")
 
@@ -142,7 +142,7 @@ def test_the_daemon_works_as_a_role_that_owns_nothing(
     dsn: str, service: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
     start_daemon(
-        HOOKD_DATABASE__DSN=re.sub(r"//[^@]*@", f"//{service}:x@", dsn),
+        HOOKD_DATABASE__DSN=re.sub(r"//[^@]*@", f"//{service}:of-the-service@", dsn),
         HOOKD_DATABASE__MIGRATE="false",
         HOOKD_RETRY__SCHEDULE='["100ms"]',
         HOOKD_DELIVERY__TIMEOUT="2s",

@@ -95,6 +95,23 @@ def test_an_older_hookd_refuses_a_newer_schema(dsn: str) -> None:
     asyncio.run(go())
 
 
+RELEASED = {
+    1: "f9e24656a500426de7a92f0d5433df5d079bb6038103682a253e99806777349a",
+    2: "25bf881fa5c0257092fe58e26b596f7e43ad20dd7b1cb4d71f7ffcd1a0845a15",
+    3: "66b88bfe329b52a6141ff78e6cf459b39eb8648f2a1c86232d61f0c734fffcd5",
+    4: "be67ed68fa437815b8f11354414643dde782489caca27bca6741971598450d83",
+    5: "712f363423880977558dc79f9b00603bb4a8e3636610f1aec14795dcc61977d7",
+    6: "a96bd43b642ca5c6e2306d80e690e71ea9c54bd2a7d2306b22b74972ee6f4dfb",
+    7: "8a4cdcf17a72fdb8da310fdb0fd7f84adf26030cdac7efd6ebfd90777b6849b5",
+}
+"""Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
+
+
+def test_released_migrations_are_as_they_were() -> None:
+    ours = {m.version: m.checksum for m in migrations()}
+    assert {version: ours.get(version) for version in RELEASED} == RELEASED
+
+
 def test_a_migration_that_was_edited_is_refused(dsn: str) -> None:
     run_sql(dsn, "update hookd.migration set checksum = 'other' where version = 1")
 

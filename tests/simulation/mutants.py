@@ -256,7 +256,7 @@ MUTANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...], int]] = {
         (place_not_lowered, ("late",), 18),
         (retries_dropped, ("hosts",), 6),
         (event_lost_between_reads, (), 13),
-        (settled_rows_come_back, ("hosts", "slow_reads"), 61),
+        (settled_rows_come_back, ("hosts", "slow_reads"), 175),
         (in_flight_unknown, ("terminate", "sluggish"), 1),
         (released_while_busy, ("crash", "term"), 59),
         (snapshot_after_recovery, (), 12),

@@ -19,6 +19,37 @@ comment on column hookd.endpoint.verified_at is 'When its URL answered the chall
 
 insert into hookd.setting values ('security.unverified', 'wait');
 
+-- The setting is read only where an unverified endpoint subscribes to what was inserted: once a statement, as an InitPlan.
+create or replace function hookd.fan_out() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  shards smallint[];
+begin
+  -- Ordered by event key: an unordered join gave 548,100 inversions in 1.2 million rows.
+  with owed as (
+    insert into hookd.delivery (shard, endpoint, event_id, due_at, order_key, coalesce_key)
+    select e.shard, e.key, n.id,
+           case when n.deliver_at > clock_timestamp() then n.deliver_at end,
+           case when e.ordered then '' else n.order_key end,
+           n.coalesce_key
+      from inserted n
+      join hookd.endpoint e on e.tenant = n.tenant
+       and (e.state in ('active', 'paused')
+            or e.state = 'unverified' and (select s.value from hookd.setting s where s.name = 'security.unverified') = 'wait')
+       and e.types && hookd.type_patterns(n.type)
+       and (e.filter is null or hookd.matches(e.filter, n.payload))
+     order by n.key, e.key
+    returning shard
+  )
+  select array_agg(distinct shard) into shards from owed;
+  if shards is not null then
+    perform hookd.wake(shards);
+  end if;
+  return null;
+end
+$$;
+
 create or replace function hookd.grant_roles() returns void
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$

@@ -80,8 +80,6 @@ alter table hookd.event
   drop constraint event_keys,
   drop constraint event_headers;
 
--- An unverified endpoint's events wait or are skipped, as security.unverified says. The setting is read only where one
--- subscribes to what was inserted: once a statement, as an InitPlan.
 create or replace function hookd.fan_out() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
