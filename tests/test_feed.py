@@ -49,6 +49,9 @@ class Line:
     def waiting(self, key: EndpointKey) -> int:
         return len(self.admitted)
 
+    def waiting_timed(self, key: EndpointKey) -> int:
+        return sum(d.due_at is not None for d in self.admitted)
+
     def total_waiting(self) -> int:
         return len(self.admitted)
 
