@@ -90,6 +90,9 @@ the daemon busy fresh events started after 115 ms at the median and 240 ms at p9
 
 EVENTS_AT_ONCE = 500
 
+OVER = frozenset({EndpointState.DISABLED, EndpointState.REMOVED})
+"""What these are owed ends at once, due or not."""
+
 REPLACED_AT_ONCE = 1000
 """Rows of one coalesce key that end in one read."""
 
@@ -408,7 +411,13 @@ class Feed:
             self._db_offset = db_now - self._clock.mono()
         self._heads.doubt()
         fresh, due = await self._reads.recover()
-        await self._know({*fresh, *(key for key, _ in due)})
+        found = {*fresh, *(key for key, _ in due)}
+        await self._know(found)
+        for key in found:
+            served = self._line.served(key)
+            if served is not None and gained.intersection(served.former_shards):
+                # what came late into a shard that was another owner's: reads by key have passed it
+                self._moved.add(key)
         for key in fresh:
             if self._ours(key):
                 self._lower_place(key, 0)
@@ -505,10 +514,12 @@ class Feed:
                 self._wake.set()
             return
         waiting = self._line.withdraw(endpoint.key)
+        resumed = before is not None and before.state in OVER and endpoint.state not in OVER
         self._serve(endpoint)
         for delivery in waiting:
-            # what is in the shard that it has left comes back when it was forwarded
-            if endpoint.state is EndpointState.PAUSED or not self._placed(endpoint, delivery.shard):
+            early = resumed and delivery.due_at is not None and delivery.due_at > self.db_now()
+            # what is in the shard that it has left comes back when it was forwarded, what was to end before its time when it is due
+            if early or endpoint.state is EndpointState.PAUSED or not self._placed(endpoint, delivery.shard):
                 self._forget(delivery)
             else:
                 self._line.admit(delivery)
@@ -556,7 +567,7 @@ class Feed:
 
     def _over(self, key: EndpointKey) -> bool:
         read = self._endpoints.get(key)
-        return read is not None and read.state in (EndpointState.DISABLED, EndpointState.REMOVED)
+        return read is not None and read.state in OVER
 
     # Reads.
 
@@ -693,12 +704,17 @@ class Feed:
         self._reading = True
         rows = await self._reads.refill_due(demands)
         await self._know({row.endpoint for row in rows})
+        # was to end when it was asked for, with all that it is owed, and is active now
+        resumed = {key for key, _, _, _, ended in demands if ended and not self._ended(key)}
         taken: list[Row] = []
         counts: Counter[EndpointKey] = Counter()
         for row in rows:
             assert row.due_at is not None
             if row.later:
                 self._due(row.endpoint, row.due_at.timestamp())
+                continue
+            if row.endpoint in resumed and row.due_at.timestamp() > self.db_now():
+                self._due_later(row)
                 continue
             counts[row.endpoint] += 1
             backlog = self._backlog(row.endpoint)
@@ -878,7 +894,7 @@ class Feed:
         return EndpointState.REMOVED if endpoint is None else endpoint.state
 
     def _ended(self, key: EndpointKey) -> bool:
-        return self._state(key) in (EndpointState.DISABLED, EndpointState.REMOVED)
+        return self._state(key) in OVER
 
     def _lower_place(self, key: EndpointKey, place: int) -> None:
         backlog = self._backlog(key)

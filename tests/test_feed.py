@@ -6,11 +6,14 @@ import asyncio
 import datetime
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import pytest
+
 from hookd.clock import SystemClock
-from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, Event
+from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
 from hookd.core.reads import Arrivals, Row, Snapshot
 from hookd.core.states import States
 from hookd.feed import Feed
@@ -73,7 +76,20 @@ class Reads:
         self.heads_asked: list[Any] = []
         self.head: Row | None = None
         self.arrived: list[Row] = []
+        self.due: list[Row] = []
         self.meanwhile: Callable[[], None] = list[None]().clear
+
+    async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]:
+        return [ENDPOINT.key], []
+
+    async def endpoints_of(self, shards: Iterable[int]) -> list[Endpoint]:
+        return []
+
+    async def endpoints(self, keys: Iterable[EndpointKey]) -> list[Endpoint]:
+        return [replace(ENDPOINT, state=EndpointState.ACTIVE)]
+
+    async def flag_sleep(self, shards: Iterable[int], *, asleep: bool) -> None:
+        pass
 
     async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
         self.asked.append(list(ids))
@@ -93,7 +109,8 @@ class Reads:
         return []
 
     async def refill_due(self, demands: Sequence[Any]) -> list[Row]:
-        return []
+        due, self.due = self.due, []
+        return due
 
 
 class Forwarder:
@@ -160,6 +177,53 @@ def test_a_row_in_the_shard_that_its_endpoint_has_left_is_forwarded_and_not_sent
         assert forwarder.forwarded == [([ENDPOINT.key], [77])], "and not what is under way"
 
     asyncio.run(go())
+
+
+def test_what_lies_in_a_shard_that_an_endpoint_has_left_is_forwarded_when_that_is_gained() -> None:
+    """Reads by key had passed it while it was another owner's, and nobody looked again."""
+
+    async def go() -> None:
+        reads, line, forwarder = Reads(), Line(), Forwarder()
+        feed = made(reads, line, forwarder)
+        feed.shards = {1}
+        feed._serve(replace(ENDPOINT, shard=1, former_shards=(0,)))
+        feed._unread_shards = {0}
+        await feed._recover()
+        assert feed.shards == {0, 1}
+        await feed._turn()
+        assert [keys for keys, _ in forwarder.forwarded] == [[ENDPOINT.key]]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("noticed", ["with the rows", "later"])
+def test_what_was_to_end_before_its_time_waits_for_it_when_its_endpoint_is_resumed(noticed: str) -> None:
+    """It was sent at once: what a disabled endpoint is owed is read whether it is due or not."""
+
+    async def go() -> None:
+        reads, line, forwarder = Reads(), Line(), Forwarder()
+        feed = made(reads, line, forwarder)
+        disabled = replace(ENDPOINT, state=EndpointState.DISABLED)
+        feed._endpoint_changed(disabled)
+        if noticed == "later":
+            reads.endpoints = partial(_none_other, disabled)  # type: ignore[method-assign]
+        reads.due = [
+            row(1, 1, due_at=NOW - datetime.timedelta(hours=1)),
+            row(2, 2, due_at=NOW + datetime.timedelta(hours=1)),
+        ]
+        await feed._turn()
+        if noticed == "later":
+            assert [d.id for d in line.admitted] == [1, 2]
+            feed._endpoint_changed(ENDPOINT)
+        assert [d.id for d in line.admitted] == [1]
+        assert feed.known == {1}
+        assert feed._backlog(ENDPOINT.key).due_place < (NOW + datetime.timedelta(hours=1), 2)
+
+    asyncio.run(go())
+
+
+async def _none_other(endpoint: Endpoint, _keys: Iterable[EndpointKey]) -> list[Endpoint]:
+    return [endpoint]
 
 
 def test_what_waits_when_its_endpoint_moves_is_let_go_of_and_read_again() -> None:

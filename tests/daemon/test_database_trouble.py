@@ -617,7 +617,7 @@ def test_notifications_do_not_arrive(
             await wait_empty(dsn)
             assert len(daemon.said("notifications do not arrive")) == 1
             assert_said_once(daemon)
-            assert wire.connections <= 12, "one new session was tried, not one after another"
+            assert wire.connections <= 8, "one new session was tried, not one after another"
 
     asyncio.run(go())
 

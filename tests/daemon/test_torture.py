@@ -18,9 +18,6 @@ ROWS = (
 )  # fmt: skip
 """The failpoints have a test of their own."""
 
-IN_CI = ("kill-standby", "zombie", "failover", "storm", "churn", "drain")
-"""The others take minutes, or have a test of their own elsewhere (``make torture`` runs all)."""
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bench/torture.py needs Linux")
 
 
@@ -31,7 +28,7 @@ def torture(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("row", IN_CI)
+@pytest.mark.parametrize("row", ROWS)
 def test_nothing_is_lost(row: str, tmp_path: Path) -> None:
     done = torture("--short", "--rows", row, "--json", "--out", str(tmp_path))
     assert done.returncode in (0, 1, 2), done.stderr
