@@ -89,12 +89,27 @@ class Selection:
     """None given: all with an event, else those that were given up."""
     since: datetime.datetime | None = None
     until: datetime.datetime | None = None
+    types: tuple[str, ...] = ()
+    missing: bool = False
+    """What the endpoint subscribes to and was never owed, instead of what was settled."""
 
     def facts(self) -> dict[str, Any]:
-        """As ``history.replay`` takes it, and as the audit trail has it."""
-        if not (self.event or self.endpoint or self.tenant or self.states or self.since or self.until):
+        """As ``history.replayable`` takes it, and as the audit trail has it."""
+        if self.missing and (not self.endpoint or self.event or self.tenant or self.states):
             raise Refused(
-                422, "selection", "say what to replay: event, endpoint, tenant, states, since or until"
+                422, "missing", "missing goes with endpoint, types, since and until, and nothing else"
+            )
+        if not (
+            self.event
+            or self.endpoint
+            or self.tenant
+            or self.types
+            or self.states
+            or self.since
+            or self.until
+        ):
+            raise Refused(
+                422, "selection", "say what to replay: event, endpoint, tenant, types, states, since or until"
             )
         wrong = sorted(set(self.states) - set(history.SETTLED_STATES))
         if wrong:
@@ -107,6 +122,8 @@ class Selection:
             "tenant": self.tenant,
             "since": self.since,
             "until": self.until,
+            "types": self.types or None,
+            "missing": self.missing or None,
         }
         states = self.states or (history.SETTLED_STATES if self.event else ("exhausted",))
         return {name: value for name, value in given.items() if value is not None} | {"states": states}
@@ -118,6 +135,8 @@ class Replayed:
 
     matching: int
     queued: int
+    of_disabled_endpoints: int
+    """Left out: they would end as soon as they were read."""
 
 
 class Actions:
@@ -297,53 +316,57 @@ class Actions:
                 selection["endpoint"] = endpoint["id"]
             elif await timeline.event_tenant(connection, event_id) is None:
                 raise Refused(404, "not_found", f"there is no event {event_id}")
-            queued = await self._queued(connection, actor, "resend", selection, delivery_id)
+            pairs = [one.pair for one in await history.replayable(connection, selection)]
+            queued = await self._queued(
+                connection, actor, "resend", selection, pairs, delivery_id=delivery_id
+            )
         if not queued:
             raise Refused(
                 409, "nothing", "nothing to send again: it is pending still, or no endpoint was subscribed"
             )
         return queued
 
-    async def count_replay(self, selection: Selection) -> int:
-        """How many deliveries a replay would queue."""
-        async with self._session() as connection:
-            return await history.count_replayable(connection, selection.facts())
-
-    async def replay(self, actor: Actor, selection: Selection) -> Replayed:
-        """Queue settled deliveries again."""
+    async def replay(
+        self, actor: Actor, selection: Selection, *, rate: float | None = None, dry_run: bool = False
+    ) -> Replayed:
+        """Queue settled deliveries again, at each endpoint so many a second; or only say how many."""
         facts = selection.facts()
+        queued = 0
         async with self._session() as connection:
-            matching = await history.count_replayable(connection, facts)
-            queued = await self._queued(connection, actor, "replay", facts) if matching else 0
-        return Replayed(matching, queued)
+            if selection.missing:
+                assert selection.endpoint is not None
+                found = await history.missing(
+                    connection, selection.endpoint, selection.since, selection.until, selection.types
+                )
+            else:
+                found = await history.replayable(connection, facts)
+            pairs = [one.pair for one in found if one.endpoint_state != "disabled"]
+            if pairs and not dry_run:
+                queued = await self._queued(connection, actor, "replay", facts, pairs, rate=rate)
+        return Replayed(len(pairs), queued, len(found) - len(pairs))
 
     async def resend_these(
         self, actor: Actor, pairs: Sequence[tuple[UUID, UUID]], asked: Mapping[str, Any]
     ) -> int:
         """Events to endpoints once more, as ``resending.matching`` found them; ``asked`` is what for, for the audit trail."""
-        queued = 0
         async with self._session() as connection:
-            subject, details = audit.of_selection(asked)
-            details["matching"] = len(pairs)
-            await audit.record(connection, actor, "delivery.replay", subject, details)
-            async for total in history.queue(connection, pairs):
-                queued = total
-        return queued
+            return await self._queued(connection, actor, "replay", {**asked, "matching": len(pairs)}, pairs)
 
     async def _queued(
         self,
         connection: asyncpg.Connection,
         actor: Actor,
         action: str,
-        selection: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        pairs: Sequence[tuple[UUID, UUID]],
+        *,
         delivery_id: int | None = None,
+        rate: float | None = None,
     ) -> int:
         # before the first is queued: one that is broken off has still been asked for
-        await audit.record(
-            connection, actor, f"delivery.{action}", *audit.of_selection(selection, delivery_id)
-        )
+        await audit.record(connection, actor, f"delivery.{action}", *audit.of_selection(asked, delivery_id))
         queued = 0
-        async for total in history.replay(connection, selection, urgent=action == "resend"):
+        async for total in history.queue(connection, pairs, rate=rate, urgent=action == "resend"):
             queued = total
         return queued
 

@@ -239,16 +239,25 @@ class Api:
         """
         Queue settled deliveries again: 202.  With `dry_run` they are only counted: 200.
 
-        Each is a new delivery with the same webhook-id, whose attempts count from 1.
+        Each is a new delivery with the same webhook-id, whose attempts count from 1.  Fresh events go before replayed ones.
         """
         selection = Selection(
-            body.event, body.endpoint, body.tenant, tuple(body.states), body.since, body.until
+            body.event,
+            body.endpoint,
+            body.tenant,
+            tuple(body.states),
+            body.since,
+            body.until,
+            tuple(body.types),
+            body.missing,
         )
-        if body.dry_run:
-            matching = await self._actions.count_replay(selection)
-            return Reply(schema.ReplayAnswer(matching=matching, queued=0), 200)
-        done = await self._actions.replay(caller, selection)
-        return Reply(schema.ReplayAnswer(matching=done.matching, queued=done.queued), 202)
+        done = await self._actions.replay(caller, selection, rate=body.rate, dry_run=body.dry_run)
+        return Reply(
+            schema.ReplayAnswer(
+                matching=done.matching, queued=done.queued, of_disabled_endpoints=done.of_disabled_endpoints
+            ),
+            200 if body.dry_run else 202,
+        )
 
     # How it goes.
 

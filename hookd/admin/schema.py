@@ -263,9 +263,18 @@ class Replay(Asked):
     event: UUID | None = None
     endpoint: UUID | None = None
     tenant: Tenant | None = None
+    types: Annotated[
+        list[TypePattern], Meta(max_length=1000, description="Patterns, as endpoints have them.")
+    ] = []
     states: list[Settled] = []
     since: Moment | None = None
     until: Moment | None = None
+    missing: Annotated[
+        bool, Meta(description="What the endpoint subscribes to and was never owed, because it came later.")
+    ] = False
+    rate: (
+        Annotated[float, Meta(gt=0, le=100_000, description="So many a second at each endpoint.")] | None
+    ) = None
     dry_run: Annotated[bool, Meta(description="Only say how many.")] = False
 
 
@@ -610,6 +619,7 @@ class ReplayAnswer(Given):
 
     matching: int
     queued: int
+    of_disabled_endpoints: Annotated[int, Meta(description="More that match, and are left out.")]
 
 
 class StatusAnswer(Given):

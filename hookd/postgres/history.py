@@ -320,21 +320,3 @@ async def queue(
                 await connection.execute("select hookd.wake($1)", row["shards"])
         queued += row["queued"]
         yield queued
-
-
-async def count_replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> int:
-    """How many deliveries a replay would queue."""
-    return len(await replayable(connection, selection))
-
-
-async def replay(
-    connection: asyncpg.Connection, selection: Mapping[str, Any], *, urgent: bool = False
-) -> AsyncIterator[int]:
-    """
-    Queue settled deliveries again; yields how many were queued so far.
-
-    The selection is read once, so that a replay never meets its own results.
-    """
-    found = await replayable(connection, selection)
-    async for queued in queue(connection, [one.pair for one in found], urgent=urgent):
-        yield queued
