@@ -125,8 +125,10 @@ class Selection:
             "types": self.types or None,
             "missing": self.missing or None,
         }
-        states = self.states or (history.SETTLED_STATES if self.event else ("exhausted",))
-        return {name: value for name, value in given.items() if value is not None} | {"states": states}
+        facts = {name: value for name, value in given.items() if value is not None}
+        if self.missing:
+            return facts
+        return facts | {"states": self.states or (history.SETTLED_STATES if self.event else ("exhausted",))}
 
 
 @dataclass(frozen=True, slots=True)

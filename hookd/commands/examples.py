@@ -7,6 +7,7 @@ EXAMPLES = {
     "check-config": "hookd check-config --config new.toml",
     "config show": "hookd config show",
     "config schema": "hookd config schema > config.schema.json",
+    "dsn": 'psql "$(hookd dsn)"',
     "doctor": "hookd doctor",
     "audit": "hookd audit --since 2h",
     "migrate": "hookd migrate --dry-run",

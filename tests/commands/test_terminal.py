@@ -68,7 +68,7 @@ def test_every_command_has_a_purpose_options_with_help_and_an_example() -> None:
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_examples_are_valid(path: str) -> None:
     command = dict(commands())[path]
-    line = EXAMPLES[path].removeprefix('eval "$(').removesuffix(')"')
+    line = re.sub(r'^\w+ "\$\((.*)\)"$', r"\1", EXAMPLES[path])
     words = shlex.split(re.split(r" [<>] ", line)[0])
     assert " ".join(words).startswith(f"hookd {path}")
     command.make_context(path, words[1 + len(path.split()) :], obj=Invocation())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import run_sql
 from tests.producing import send, wait_empty
 from tests.receiver import Receiver
 
@@ -89,6 +91,47 @@ def test_an_endpoint_from_birth_to_removal(dsn: str, api: Client) -> None:
     asyncio.run(go())
 
 
+def test_replay_by_type_at_a_rate_and_of_what_was_never_owed(dsn: str, api: Client) -> None:
+    async def go() -> None:
+        async with Receiver() as first, Receiver() as late:
+            _, one = await asyncio.to_thread(api, "POST", "/endpoints", {"url": first.url})
+            for type_ in ("user.created", "user.deleted", "order.paid", "user.created"):
+                await send(dsn, type_)
+            await wait_empty(dsn)
+            assert len(first.calls) == 4
+            asked: dict[str, Any] = {"types": ["user.*"], "states": ["delivered"]}
+            counted = await asyncio.to_thread(api, "POST", "/replay", asked | {"dry_run": True})
+            assert counted == (200, {"matching": 3, "queued": 0, "of_disabled_endpoints": 0})
+            before = time.monotonic()
+            status, done = await asyncio.to_thread(api, "POST", "/replay", asked | {"rate": 2})
+            assert (status, done["queued"]) == (202, 3)
+            await wait_empty(dsn)
+            assert len(first.calls) == 7
+            assert time.monotonic() - before > 0.9, "the third of two a second, one second after the first"
+
+            _, two = await asyncio.to_thread(
+                api, "POST", "/endpoints", {"url": late.url, "types": ["user.created"]}
+            )
+            missed = {"endpoint": two["id"], "missing": True}
+            assert (await asyncio.to_thread(api, "POST", "/replay", missed))[1]["queued"] == 2
+            await wait_empty(dsn)
+            assert {call.headers["webhook-id"] for call in late.calls} == {
+                first.calls[0].headers["webhook-id"],
+                first.calls[3].headers["webhook-id"],
+            }
+            assert (await asyncio.to_thread(api, "POST", "/replay", missed))[1]["matching"] == 0
+
+            await asyncio.to_thread(
+                run_sql, dsn, f"update hookd.endpoint set state = 'disabled' where id = '{one['id']}'"
+            )
+            disabled = await asyncio.to_thread(
+                api, "POST", "/replay", {"endpoint": one["id"], "states": ["delivered"]}
+            )
+            assert disabled[1] == {"matching": 0, "queued": 0, "of_disabled_endpoints": 4}
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "said"),
     [
@@ -113,6 +156,14 @@ def test_an_endpoint_from_birth_to_removal(dsn: str, api: Client) -> None:
         ("GET", f"/events/{NOBODY}", None, 404, "there is no event"),
         ("GET", "/endpoints?limit=0", None, 422, "limit: expected 'int' >= 1"),
         ("POST", "/replay", {}, 422, "say what to replay"),
+        (
+            "POST",
+            "/replay",
+            {"missing": True, "since": "2026-11-01T00:00:00Z"},
+            422,
+            "missing goes with endpoint",
+        ),
+        ("POST", "/replay", {"types": ["user.*"], "rate": 0}, 422, "rate: expected 'float' > 0"),
         ("GET", "/nothing", None, 404, ""),
         ("PUT", "/endpoints", {}, 405, ""),
     ],

@@ -103,6 +103,7 @@ RELEASED = {
     5: "712f363423880977558dc79f9b00603bb4a8e3636610f1aec14795dcc61977d7",
     6: "a96bd43b642ca5c6e2306d80e690e71ea9c54bd2a7d2306b22b74972ee6f4dfb",
     7: "8a4cdcf17a72fdb8da310fdb0fd7f84adf26030cdac7efd6ebfd90777b6849b5",
+    8: "8bfecd86700818ae83b424c1f68a996e5b8511596b2c7ce11c566013f7b3e6ab",
 }
 """Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
 

@@ -70,6 +70,7 @@ SMALL: dict[tuple[Any, str], tuple[Any, ...]] = {
     (hookd.recorder, "BATCH_ENOUGH"): (2, 250),
     (hookd.dispatcher, "TURN_MOST"): (1, 3, 100),
     (hookd.feed, "REFILL_MOST"): (1, 5, 2000),
+    (hookd.feed, "REFILL_TIMED_MOST"): (1, 5, 500),
     (hookd.feed, "EVENTS_AT_ONCE"): (1, 2, 500),
     (hookd.feed, "REPLACED_AT_ONCE"): (1, 2, 1000),
     (hookd.feed, "BUSY_READS"): (2, 20),
