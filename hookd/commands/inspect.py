@@ -234,11 +234,15 @@ async def find(connection: asyncpg.Connection, text: str) -> tuple[UUID, int | N
     Raises:
         Failed: there is none.
     """
-    from hookd.postgres import history  # noqa: PLC0415 - not for --help
+    from hookd.postgres import timeline  # noqa: PLC0415 - not for --help
+    from hookd.postgres.pages import TooMuch  # noqa: PLC0415
 
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         return await event_of(connection, text), None
-    event_id = await history.find_delivery(connection, int(text)) if len(text) < 19 else None
+    try:
+        event_id = await timeline.find_delivery(connection, int(text)) if len(text) < 19 else None
+    except TooMuch as found:
+        raise Failed(str(found)) from found
     if event_id is not None:
         return event_id, int(text)
     if len(text) >= LIKE_AN_ID:

@@ -61,13 +61,6 @@ select a.at, a.delivery_id, a.event_id, e.id as endpoint_id, e.tenant, coalesce(
  limit $6
 """
 
-FIND_DELIVERY = """
-select d.id, d.event_id, d.endpoint from hookd.delivery d where d.id = $1
-union all
-select a.delivery_id, a.event_id, a.endpoint from hookd.attempt a where a.delivery_id = $1
-limit 1
-"""
-
 # Settled deliveries of endpoints that still exist, by what the caller says of them; ``where`` goes in as it is, on lines of
 # its own, so that a comment in it ends there.
 REPLAYABLE = """
@@ -197,12 +190,6 @@ async def attempts(
     """Attempts, newest first."""
     rows = await connection.fetch(ATTEMPTS, event_id, endpoint_id, verdict, before, delivery_id, limit)
     return [dict(r) for r in rows]
-
-
-async def find_delivery(connection: asyncpg.Connection, delivery_id: int) -> UUID | None:
-    """The event of a delivery, pending or past."""
-    row = await connection.fetchrow(FIND_DELIVERY, delivery_id)
-    return None if row is None else row["event_id"]
 
 
 class BadCondition(Exception):
