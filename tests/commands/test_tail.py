@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -190,7 +191,12 @@ class Tailing:
 
     def lines(self, count: int) -> list[str]:
         assert self.process.stdout is not None
-        return [self.process.stdout.readline() for _ in range(count)]
+        deadline = threading.Timer(60, self.process.kill)
+        deadline.start()
+        try:
+            return [self.process.stdout.readline() for _ in range(count)]
+        finally:
+            deadline.cancel()
 
     def stop(self) -> str:
         self.process.send_signal(signal.SIGINT)
@@ -215,7 +221,7 @@ def test_attempts_as_they_happen(cli: Cli, start_daemon: Callable[..., DaemonPro
             await wait_for_row(cli.dsn, "select from hookd.attempt")
 
             def watch() -> str:
-                everything, failed = Tailing(cli, "--json"), Tailing(cli, "--failed", "-n", "0")
+                everything, failed = Tailing(cli, "--json"), Tailing(cli, "--failed")
                 (line,) = everything.lines(1)
                 found = json.loads(line)
                 assert (found["event_id"], found["type"], found["tenant"], found["status"]) == (
@@ -245,6 +251,7 @@ def test_attempts_as_they_happen(cli: Cli, start_daemon: Callable[..., DaemonPro
                     str(failing)[:18],
                 )
                 assert [row["event_id"] for row in rows] == [second]
+                assert cli.ok("tail", "--no-follow", "-n", "0") == ""
                 assert "is not one of delivered" in cli.fails(2, "tail", "--outcome", "fine")
 
                 return second
