@@ -247,7 +247,7 @@ def test_what_happened(cli: Cli, start_daemon: Callable[..., DaemonProcess]) -> 
                 assert explained["state"] == "exhausted"
                 assert "given up" in explained["because"]
                 assert "given up" in cli.ok("explain", str(explained["delivery_id"]))
-                assert "no delivery 12345678" in cli.fails(1, "explain", "12345678")
+                assert "no delivery 1234567;" in cli.fails(1, "explain", "1234567")
                 assert "'²' is no event id" in cli.fails(2, "explain", "²")
                 (attempt,) = cli.json("attempts", "--endpoint", str(endpoint))
                 assert (attempt["status"], attempt["answer_body"]) == (503, "busy")
