@@ -13,8 +13,7 @@ each <= 200 ms.
 
 *Cost*: closed, open, closed, open …: the daemon delivers a backlog beside the long log, and while it is open a client reads
 each page once, before the time counts, and then pages like somebody who looks for something: one after the other, ``--pause``
-seconds between two.  Printed is the
-throughput of each, and the median of what open costs against the closed one beside it.  Floor: < 2 %.
+seconds between two.  Printed is the throughput of each, and the median of what open costs against the closed one beside it.  Floor: < 2 %.
 
 ``--keep`` leaves the database in FOLDER (some 1.1 GB for a million attempts), ``--use`` takes one that was kept.
 """
@@ -329,16 +328,18 @@ READER = """
 import http.client, json, random, sys, time
 host, port, paths, pause = json.loads(sys.stdin.readline())
 client = http.client.HTTPConnection(host, port, timeout=30)
-read = 0
-random.shuffle(paths)
-while True:
-    client.request("GET", paths[read] if read < len(paths) else random.choice(paths))
+def status(path):
+    client.request("GET", path)
     answer = client.getresponse()
     answer.read()
-    read += answer.status == 200
-    if read > len(paths):
-        print(read, flush=True)
-    time.sleep(pause if read >= len(paths) else 0)
+    return answer.status
+for path in random.sample(paths, len(paths)):
+    status(path)
+read = 0
+while True:
+    time.sleep(pause)
+    read += status(random.choice(paths)) == 200
+    print(read, flush=True)
 """
 
 

@@ -99,23 +99,6 @@ class Selection:
             raise Refused(
                 422, "missing", "missing goes with endpoint, types, since and until, and nothing else"
             )
-        if not (
-            self.event
-            or self.endpoint
-            or self.tenant
-            or self.types
-            or self.states
-            or self.since
-            or self.until
-        ):
-            raise Refused(
-                422, "selection", "say what to replay: event, endpoint, tenant, types, states, since or until"
-            )
-        wrong = sorted(set(self.states) - set(history.SETTLED_STATES))
-        if wrong:
-            raise Refused(
-                422, "states", f"{wrong[0][:50]!r} is none; states are {', '.join(history.SETTLED_STATES)}"
-            )
         given = {
             "event": self.event,
             "endpoint": self.endpoint,
@@ -125,6 +108,15 @@ class Selection:
             "types": self.types or None,
             "missing": self.missing or None,
         }
+        if not (any(given.values()) or self.states):
+            raise Refused(
+                422, "selection", "say what to replay: event, endpoint, tenant, types, states, since or until"
+            )
+        wrong = sorted(set(self.states) - set(history.SETTLED_STATES))
+        if wrong:
+            raise Refused(
+                422, "states", f"{wrong[0][:50]!r} is none; states are {', '.join(history.SETTLED_STATES)}"
+            )
         facts = {name: value for name, value in given.items() if value is not None}
         if self.missing:
             return facts
@@ -335,14 +327,8 @@ class Actions:
         facts = selection.facts()
         queued = 0
         async with self._session() as connection:
-            if selection.missing:
-                assert selection.endpoint is not None
-                found = await history.missing(
-                    connection, selection.endpoint, selection.since, selection.until, selection.types
-                )
-            else:
-                found = await history.replayable(connection, facts)
-            pairs = [one.pair for one in found if one.endpoint_state != "disabled"]
+            found = await history.replayable(connection, facts)
+            pairs = [one.pair for one in found if not one.would_end]
             if pairs and not dry_run:
                 queued = await self._queued(connection, actor, "replay", facts, pairs, rate=rate)
         return Replayed(len(pairs), queued, len(found) - len(pairs))
@@ -352,7 +338,7 @@ class Actions:
     ) -> int:
         """Events to endpoints once more, as ``resending.matching`` found them; ``asked`` is what for, for the audit trail."""
         async with self._session() as connection:
-            return await self._queued(connection, actor, "replay", {**asked, "matching": len(pairs)}, pairs)
+            return await self._queued(connection, actor, "replay", asked, pairs, matching=len(pairs))
 
     async def _queued(
         self,
@@ -363,10 +349,14 @@ class Actions:
         pairs: Sequence[tuple[UUID, UUID]],
         *,
         delivery_id: int | None = None,
+        matching: int | None = None,
         rate: float | None = None,
     ) -> int:
+        subject, details = audit.of_selection(asked, delivery_id)
+        if matching is not None:
+            details["matching"] = matching
         # before the first is queued: one that is broken off has still been asked for
-        await audit.record(connection, actor, f"delivery.{action}", *audit.of_selection(asked, delivery_id))
+        await audit.record(connection, actor, f"delivery.{action}", subject, details)
         queued = 0
         async for total in history.queue(connection, pairs, rate=rate, urgent=action == "resend"):
             queued = total

@@ -78,15 +78,14 @@ def replay(
     selection = _selection(given, missing=missing)
 
     async def work(connection: asyncpg.Connection, _config: Config) -> Plan:
-        plan = Plan(await _chosen(connection, selection, missing=missing))
+        plan = Plan(await _chosen(connection, selection))
         if not invocation.json:
             _announce(plan, dry_run=dry_run)
         if dry_run or not plan.rows:
             return plan
         if len(plan.rows) > ASK_ABOVE and not yes and not invocation.json and sys.stdin.isatty():
             click.confirm("go on?", abort=True, err=True)
-        asked = {"missing": True} if missing else {}
-        await audit.record(connection, whoami(), "delivery.replay", *audit.of_selection(selection | asked))
+        await audit.record(connection, whoami(), "delivery.replay", *audit.of_selection(selection))
         with click.progressbar(
             length=len(plan.rows), label="queueing", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
@@ -115,12 +114,11 @@ def _selection(given: dict[str, Any], *, missing: bool) -> dict[str, Any]:
         "since": moment(given["since"]),
         "until": moment(given["until"]),
         "states": given["states"] or (STATES if everything else ("exhausted",)),
+        "missing": missing,
     }
 
 
-async def _chosen(
-    connection: asyncpg.Connection, selection: dict[str, Any], *, missing: bool
-) -> list[Chosen]:
+async def _chosen(connection: asyncpg.Connection, selection: dict[str, Any]) -> list[Chosen]:
     from hookd.postgres import history, registry  # noqa: PLC0415 - not for --help
 
     for name, find_it in (("event", event_of), ("endpoint", endpoint_of)):
@@ -128,10 +126,6 @@ async def _chosen(
             selection[name] = await find_it(connection, selection[name])
     if selection["endpoint"] is not None:
         await registry.show(connection, selection["endpoint"])  # says so where there is none
-    if missing:
-        return await history.missing(
-            connection, selection["endpoint"], selection["since"], selection["until"], selection["types"]
-        )
     try:
         return await history.replayable(connection, selection)
     except history.BadCondition as problem:
@@ -142,8 +136,7 @@ class Plan:
     """What a replay queues, and how far it is."""
 
     def __init__(self, found: Sequence[Chosen]) -> None:
-        # one that is disabled would end what is queued for it as soon as it was read
-        self.rows = [row for row in found if row.endpoint_state != "disabled"]
+        self.rows = [row for row in found if not row.would_end]
         self.left_out = len(found) - len(self.rows)
         self.queued = 0
 

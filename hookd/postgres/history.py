@@ -211,18 +211,31 @@ class Chosen:
         """As ``queue`` takes it."""
         return self.event_id, self.endpoint_id
 
+    @property
+    def would_end(self) -> bool:
+        """Its endpoint is disabled: queued, it would end as soon as it was read."""
+        return self.endpoint_state == "disabled"
+
 
 async def replayable(connection: asyncpg.Connection, selection: Mapping[str, Any]) -> list[Chosen]:
     """
     The settled deliveries that a selection names.
 
     Keys: states, event, endpoint, since, until, tenant, types (patterns), where (a condition in SQL on
-    ``hookd.delivery_status``).  The condition is run read-only, as ``hookd_reader`` where this role may be that, and for
-    ``WHERE_TIMEOUT_S`` at most.
+    ``hookd.delivery_status``); missing: what the endpoint was never owed instead, by its types and times.  The condition is run
+    read-only, as ``hookd_reader`` where this role may be that, and for ``WHERE_TIMEOUT_S`` at most.
 
     Raises:
         BadCondition: it was refused, or took too long.
     """
+    if selection.get("missing"):
+        return await missing(
+            connection,
+            selection["endpoint"],
+            selection.get("since"),
+            selection.get("until"),
+            selection.get("types"),
+        )
     arguments = (
         list(selection.get("states") or SETTLED_STATES),
         selection.get("event"),
@@ -264,7 +277,7 @@ async def missing(
     endpoint_id: UUID,
     since: datetime.datetime | None,
     until: datetime.datetime | None = None,
-    types: Sequence[str] = (),
+    types: Sequence[str] | None = None,
 ) -> list[Chosen]:
     """
     Events that an endpoint subscribes to and was never owed.
@@ -272,7 +285,7 @@ async def missing(
     Those of transactions that began before it was registered and commit after this was asked are not among them; asked
     again, they are.
     """
-    rows = await connection.fetch(MISSING, endpoint_id, since, until, list(types) or None)
+    rows = await connection.fetch(MISSING, endpoint_id, since, until, list(types) if types else None)
     return [Chosen(*r) for r in rows]
 
 
