@@ -1,13 +1,14 @@
 """
 Connections: opened through aiohttp's connector, kept in a pool of our own.
 
-aiohttp's connector gives what is hard to write well: TCP and TLS set-up and happy eyeballs.  Its pool is not used, for two
+aiohttp's connector gives what is hard to write well: TCP set-up and happy eyeballs.  Its pool is not used, for two
 reasons.  It reuses the connection that has been idle longest, which is the one most likely to be closed by the peer; and
 it hands out a connection on which the peer has already pushed bytes.  So: last in, first out, and ``Line.silent`` is asked
 before each use.
 
 The guard is here too: ``socket_factory`` sees the address that is about to be dialled, whatever a resolver said or was
-not asked, and the peer of the connected socket is looked at once more before a byte is written.
+not asked, and the peer of the connected socket is looked at once more before a byte is written.  Therefore TLS begins here
+and not in the connector, which would have said its ClientHello, with the host's name in it, before anybody could look.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiohttp.client_proto import ResponseHandler
 
     from hookd.core.proxies import Proxy
     from hookd.core.urls import Target
@@ -101,23 +104,31 @@ class _Dial:
         "url",
     )
 
-    def __init__(self, target: Target, context: ssl.SSLContext) -> None:
+    def __init__(self, target: Target) -> None:
         self.url = URL(target.url)
         self.host = target.host
         self.port = target.port
-        tls = target.scheme == "https"
-        self.ssl: ssl.SSLContext | bool = context if tls else True
+        self.ssl = True
         self.proxy = None
         self.proxy_auth = None
         self.proxy_headers = None
         self.headers: dict[str, str] = {}
         self.server_hostname = None
         self.request_info = None
-        self.connection_key = ConnectionKey(target.host, target.port, tls, self.ssl, None, None, None)
+        self.connection_key = ConnectionKey(
+            target.host,
+            target.port,
+            is_ssl=False,
+            ssl=True,
+            proxy=None,
+            proxy_auth=None,
+            proxy_headers_hash=None,
+        )
 
-    def is_ssl(self) -> bool:
-        """Whether it is TLS."""
-        return self.connection_key.is_ssl
+    @staticmethod
+    def is_ssl() -> bool:
+        """Not yet: TLS begins when the peer was looked at."""
+        return False
 
 
 class _Vetted(AbstractResolver):
@@ -175,7 +186,6 @@ class Connections:
             resolver=_Vetted(resolver),
             socket_factory=self._guarded_socket,
             force_close=True,  # its pool stays empty
-            ssl=context,
         )
         self._idle: dict[str, deque[Line]] = {}
         """By origin: connections are shared by everybody on the same scheme, host and port."""
@@ -231,7 +241,7 @@ class Connections:
         return opened
 
     async def _open(self, target: Target) -> Line | ConnectFailure:
-        dial: Any = _Dial(target, self._context)
+        dial: Any = _Dial(target)
         try:
             connection = await self._connector.connect(dial, [], NO_TIMEOUT)
         except Exception as error:
@@ -240,8 +250,7 @@ class Connections:
                 raise
             return failure
         handler = connection.protocol
-        if handler is None or connection.transport is None or handler.should_close:
-            # what it said before the line took over is in aiohttp's hands
+        if handler is None or handler.transport is None:
             connection.close()
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
 
@@ -249,12 +258,33 @@ class Connections:
             handler.abort()  # which lets go of the transport: it must not be closed once more
             connection.close()
 
-        line = self._line(connection.transport, target, let_go)
-        peer = line.peer()
-        if peer is None or not classify(peer, self._rules()).allowed:
-            line.drop()
+        try:
+            failure = await self._begun_well(handler, target)
+        except BaseException:
+            let_go()
+            raise
+        if failure is not None:
+            let_go()
+            return failure
+        return self._line(handler.transport, target, let_go)
+
+    async def _begun_well(self, handler: ResponseHandler, target: Target) -> ConnectFailure | None:
+        """Look at the peer of a new connection, and speak TLS with it where that is wanted; None: all is well."""
+        assert handler.transport is not None
+        peer = handler.transport.get_extra_info("peername")
+        if peer is None or not classify(peer[0], self._rules()).allowed:
             return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
-        return line
+        if target.scheme == "https":
+            try:
+                handler.transport = await asyncio.get_running_loop().start_tls(
+                    handler.transport, handler, self._context, server_hostname=target.host
+                )
+            except (OSError, ValueError) as error:
+                return connect_failure(error)
+        if handler.transport is None or handler.should_close:
+            # what it said before the line took over is in aiohttp's hands
+            return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
+        return None
 
     async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
         resolution = await self._resolver.resolve(target.host)
@@ -350,11 +380,9 @@ def connect_failure(error: Exception) -> ConnectFailure | None:
         case aiohttp.ClientConnectorDNSError():
             reason = str(error.os_error.strerror or "the name could not be resolved")
             return ConnectFailure(OutcomeKind.DNS_FAILED, reason)
-        case aiohttp.ClientConnectorCertificateError():
-            return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error.certificate_error))
         case ssl.SSLCertVerificationError():
             return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error))
-        case aiohttp.ClientConnectorSSLError() | ssl.SSLError():
+        case ssl.SSLError():
             return ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
         case aiohttp.ClientConnectorError():
             return _system_failure(error.os_error)
@@ -380,7 +408,22 @@ def _system_failure(error: OSError) -> ConnectFailure:
     return ConnectFailure(OutcomeKind.CONNECT_FAILED, "the connection could not be opened")
 
 
-def certificate_reason(error: Exception) -> str:
-    """Which check a certificate failed; the words of OpenSSL name no address."""
-    message = getattr(error, "verify_message", "") or ""
-    return f"the certificate is not accepted: {message}" if message else "the certificate is not accepted"
+UNKNOWN_ISSUER = "the certificate is not accepted: nobody who is trusted here has issued it"
+
+CERTIFICATE_REASONS = {
+    9: "the certificate is not accepted: it is not valid yet",
+    10: "the certificate is not accepted: it has expired",
+    18: UNKNOWN_ISSUER,
+    19: UNKNOWN_ISSUER,
+    20: UNKNOWN_ISSUER,
+    21: UNKNOWN_ISSUER,
+    23: "the certificate is not accepted: it was revoked",
+    62: "the certificate is not accepted: it is for another name",
+    64: "the certificate is not accepted: it is for another address",
+}
+"""By OpenSSL's ``X509_V_ERR_*``.  Its own sentences differ between versions, and are not a fixed few."""
+
+
+def certificate_reason(error: ssl.SSLCertVerificationError) -> str:
+    """Which check a certificate failed."""
+    return CERTIFICATE_REASONS.get(error.verify_code, "the certificate is not accepted")

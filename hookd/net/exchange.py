@@ -244,8 +244,13 @@ class Attempt:
         self._exchange.watch()
 
     def _end(self) -> None:
-        self.outcome.total_ms = (self._exchange.mono() - self._begun) * 1000
-        self._done(self.outcome)
+        outcome = self.outcome
+        outcome.total_ms = (self._exchange.mono() - self._begun) * 1000
+        if outcome.kind is OutcomeKind.BLOCKED:
+            # how long it took says whether a name is known inside, and what is in the cache
+            outcome.dns_ms = outcome.connect_ms = None
+            outcome.total_ms = 0.0
+        self._done(outcome)
 
 
 class HttpExchange:
@@ -346,7 +351,7 @@ class HttpExchange:
             return None
         target = parse_url(absolute, https_only=self.options.https_only)
         if isinstance(target, UrlProblem):
-            outcome.reason = f"redirected to a URL that is not called: {target.reason}"
+            outcome.reason = "a redirect to a URL that is not called"  # why is told where it is registered
             return None
         if request.target.scheme == "https" and target.scheme == "http":
             outcome.reason = "a redirect from https to http is not followed"

@@ -155,11 +155,6 @@ class Line(asyncio.Protocol):
     def __repr__(self) -> str:
         return f"<Line {self.origin} {'asked' if self._asker is not None else 'idle'}>"
 
-    def peer(self) -> str | None:
-        """The address at its other end."""
-        name = self._transport.get_extra_info("peername")
-        return name[0] if name else None
-
     def silent(self) -> bool:
         """
         Whether it is open and has nothing to say; asked just before it is used.

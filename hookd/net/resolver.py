@@ -109,6 +109,16 @@ class _Answer:
     ours: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What was said of the addresses of one family."""
+
+    addresses: tuple[str, ...] = ()
+    ttl: int = 0
+    code: int = 0
+    """Of c-ares; 0: there was an answer."""
+
+
 class Resolver:
     """Resolves and vets; one for a process."""
 
@@ -219,14 +229,14 @@ class Resolver:
     async def _asked(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
-        addresses = tuple(address for records, _ in found for address, _ in records[:ADDRESSES_MOST])
+        addresses = tuple(address for said in found for address in said.addresses)
         now = self._mono()
         if addresses:
-            ttl = min(ttl for records, _ in found for _, ttl in records)
+            ttl = min(said.ttl for said in found if said.addresses)
             answer = _Answer(addresses, "", now + min(TTL_MOST_S, max(TTL_LEAST_S, float(ttl))))
         else:
             # of two failures the one that is not "no such record" says more
-            code = next((code for _, code in found if code not in NO_SUCH_NAME), found[0][1])
+            code = next((said.code for said in found if said.code not in NO_SUCH_NAME), found[0].code)
             answer = _Answer((), FAILURES.get(code, "the name could not be resolved"), now + FAILURE_S)
             if code not in SAID_BY_A_SERVER and await self.silent():
                 return _Answer((), NO_DNS, 0.0, ours=True)
@@ -237,27 +247,25 @@ class Resolver:
             await self._close_retired()
         return answer
 
-    async def _query(self, host: str, kind: str) -> tuple[list[tuple[str, int]], int]:
+    async def _query(self, host: str, kind: str) -> _Said:
         channel = self._current()
-        found, code = await self._told(channel, host, kind)
-        if code == pycares.errno.ARES_ETIMEOUT:
+        said = await self._told(channel, host, kind)
+        if said.code == pycares.errno.ARES_ETIMEOUT:
             if channel is self._channel:
                 self._retire()
-            found, code = await self._told(self._current(), host, kind)
-        return found, code
+            said = await self._told(self._current(), host, kind)
+        return said
 
-    async def _told(
-        self, channel: aiodns.DNSResolver, host: str, kind: str
-    ) -> tuple[list[tuple[str, int]], int]:
+    async def _told(self, channel: aiodns.DNSResolver, host: str, kind: str) -> _Said:
         try:
-            found, code = await self._query_on(channel, host, kind), 0
+            said = await self._query_on(channel, host, kind)
         except UnicodeError:
-            return [], pycares.errno.ARES_EBADNAME
+            return _Said(code=pycares.errno.ARES_EBADNAME)
         except aiodns.error.DNSError as error:
-            found, code = [], int(error.args[0])
-        if not code or code in SAID_BY_A_SERVER:
+            said = _Said(code=int(error.args[0]))
+        if not said.code or said.code in SAID_BY_A_SERVER:
             self._heard_mono = self._mono()
-        return found, code
+        return said
 
     async def _root_is_known(self) -> bool:
         """Whether a name server answers when it is asked for the root's servers, whatever it answers."""
@@ -271,8 +279,8 @@ class Resolver:
         return True
 
     async def _answered(self, channel: aiodns.DNSResolver, host: str) -> bool:
-        _, code = await self._told(channel, host, "A")
-        return not code or code in SAID_BY_A_SERVER
+        said = await self._told(channel, host, "A")
+        return not said.code or said.code in SAID_BY_A_SERVER
 
     async def _wait_for_a_sign(self) -> None:
         while self._silent:
@@ -294,11 +302,14 @@ class Resolver:
             await asyncio.sleep(max(0.0, begun + PROBE_S - self._mono()))
 
     @staticmethod
-    async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> list[tuple[str, int]]:
+    async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> _Said:
         # the trailing dot keeps search domains away
         result = await channel.query_dns(host + ".", kind)
         wanted = pycares.QUERY_TYPE_A if kind == "A" else pycares.QUERY_TYPE_AAAA
-        return [(record.data.addr, record.ttl) for record in result.answer if record.type == wanted]  # type: ignore[union-attr]
+        addresses = [record.data.addr for record in result.answer if record.type == wanted]  # type: ignore[union-attr]
+        # a name that is moved by its CNAME has a long-lived address behind it: the shortest of the way counts
+        ttl = min((record.ttl for record in result.answer), default=0)
+        return _Said(tuple(addresses[:ADDRESSES_MOST]), ttl)
 
     def _current(self) -> aiodns.DNSResolver:
         now = self._mono()
