@@ -110,7 +110,7 @@ class _Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class Said:
     """What was said of the addresses of one family."""
 
     addresses: tuple[str, ...] = ()
@@ -229,7 +229,7 @@ class Resolver:
     async def _asked(self, host: str) -> _Answer:
         self.lookups += 1
         found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
-        addresses = tuple(address for said in found for address in said.addresses)
+        addresses = tuple(address for said in found for address in said.addresses[:ADDRESSES_MOST])
         now = self._mono()
         if addresses:
             ttl = min(said.ttl for said in found if said.addresses)
@@ -247,7 +247,7 @@ class Resolver:
             await self._close_retired()
         return answer
 
-    async def _query(self, host: str, kind: str) -> _Said:
+    async def _query(self, host: str, kind: str) -> Said:
         channel = self._current()
         said = await self._told(channel, host, kind)
         if said.code == pycares.errno.ARES_ETIMEOUT:
@@ -256,13 +256,13 @@ class Resolver:
             said = await self._told(self._current(), host, kind)
         return said
 
-    async def _told(self, channel: aiodns.DNSResolver, host: str, kind: str) -> _Said:
+    async def _told(self, channel: aiodns.DNSResolver, host: str, kind: str) -> Said:
         try:
             said = await self._query_on(channel, host, kind)
         except UnicodeError:
-            return _Said(code=pycares.errno.ARES_EBADNAME)
+            return Said(code=pycares.errno.ARES_EBADNAME)
         except aiodns.error.DNSError as error:
-            said = _Said(code=int(error.args[0]))
+            said = Said(code=int(error.args[0]))
         if not said.code or said.code in SAID_BY_A_SERVER:
             self._heard_mono = self._mono()
         return said
@@ -302,14 +302,14 @@ class Resolver:
             await asyncio.sleep(max(0.0, begun + PROBE_S - self._mono()))
 
     @staticmethod
-    async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> _Said:
+    async def _query_on(channel: aiodns.DNSResolver, host: str, kind: str) -> Said:
         # the trailing dot keeps search domains away
         result = await channel.query_dns(host + ".", kind)
         wanted = pycares.QUERY_TYPE_A if kind == "A" else pycares.QUERY_TYPE_AAAA
         addresses = [record.data.addr for record in result.answer if record.type == wanted]  # type: ignore[union-attr]
         # a name that is moved by its CNAME has a long-lived address behind it: the shortest of the way counts
         ttl = min((record.ttl for record in result.answer), default=0)
-        return _Said(tuple(addresses[:ADDRESSES_MOST]), ttl)
+        return Said(tuple(addresses), ttl)
 
     def _current(self) -> aiodns.DNSResolver:
         now = self._mono()

@@ -10,6 +10,7 @@ import pytest
 
 from hookd.core.signing import new_secret, public_key
 from tests.cli import Cli
+from tests.producing import fetch
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
@@ -66,12 +67,20 @@ def test_headers_may_come_from_a_file(cli: Cli, tmp_path: Path) -> None:
     assert cli.fails(2, *add, "x-a: 1\nx-b: 2")
 
 
+def lives(dsn: str) -> list[float | None]:
+    """For how many hours the secrets of an endpoint sign, oldest first; None: no end is set."""
+    rows = asyncio.run(fetch(dsn, "select created_at, expires_at from hookd.endpoint_secret order by id"))
+    return [r["expires_at"] and (r["expires_at"] - r["created_at"]).total_seconds() / 3600 for r in rows]
+
+
 def test_rotation_keeps_the_kind_unless_told_otherwise(cli: Cli) -> None:
     (made,) = cli.json("endpoint", "add", "http://127.0.0.1:9000/", "--key-type", "ed25519")
     (rotated,) = cli.json("endpoint", "rotate", made["id"])
     assert rotated["secret"].startswith("whsk_")
     assert rotated["public_keys"] == [rotated["public_key"], made["public_key"]]
+    assert lives(cli.dsn) == [pytest.approx(24, abs=0.2), None]
     (rotated,) = cli.json("endpoint", "rotate", made["id"], "--key-type", "hmac", "--overlap", "1h")
+    assert lives(cli.dsn) == [pytest.approx(1, abs=0.2), pytest.approx(1, abs=0.2), None]
     assert rotated["secret"].startswith("whsec_")
     assert (rotated["secrets"], rotated["key_type"]) == (3, "hmac")
 

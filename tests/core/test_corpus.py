@@ -14,7 +14,7 @@ from hookd.core.composer import Composer, Wire
 from hookd.core.model import BodyFormat, Delivery, DeliveryId, Endpoint, EndpointKey, Event
 from hookd.core.request import InvalidRequest
 from hookd.core.urls import Target, parse_url
-from hookd.net.resolver import ADDRESSES_MOST, Resolver
+from hookd.net.resolver import ADDRESSES_MOST, Resolver, Said
 from hookd.net.vetting import Vetted, vet
 from tests.corpus import read
 
@@ -41,10 +41,10 @@ class Answers(Resolver):
         self.answers = list(answers)
         self.asked: list[str] = []
 
-    async def _query(self, host: str, kind: str) -> tuple[list[tuple[str, int]], int]:
+    async def _query(self, host: str, kind: str) -> Said:
         self.asked.append(host)
         wanted = 4 if kind == "A" else 6
-        return [(a, 60) for a in self.answers if ipaddress.ip_address(a).version == wanted], 0
+        return Said(tuple(a for a in self.answers if ipaddress.ip_address(a).version == wanted), 60)
 
 
 def vetted(url: str, answers: Sequence[str] = ()) -> Vetted:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
+import inspect
 import ipaddress
 import random
 import socket
 import ssl
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -331,6 +334,61 @@ def test_the_other_end_is_looked_at_before_the_first_byte() -> None:
             assert receiver.calls == []
 
     asyncio.run(go())
+
+
+def test_the_other_end_is_looked_at_before_tls_begins() -> None:
+    """A ClientHello has the host's name in it, and makes a service that is not one for TLS do something."""
+    rules = AddressRules(allow=(ipaddress.ip_network("0.0.0.0/32"),))
+
+    async def go() -> None:
+        came: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                came.set_result(await reader.read())
+            writer.close()
+
+        async with await asyncio.start_server(take, "127.0.0.1", 0) as server, exchange(rules) as http:
+            port = server.sockets[0].getsockname()[1]
+            outcome = await http.send(request(f"https://0.0.0.0:{port}/"))
+            assert (outcome.kind, outcome.sent) == (OutcomeKind.BLOCKED, False)
+            async with asyncio.timeout(30):
+                assert await came == b""
+
+    asyncio.run(go())
+
+
+def test_a_blocked_attempt_has_no_times() -> None:
+    """They would say whether a name is known inside, and what the cache holds."""
+
+    async def go() -> None:
+        async with exchange(AddressRules()) as http:
+            outcome = await http.send(request("http://127.0.0.1:8000/"))
+        assert outcome.kind is OutcomeKind.BLOCKED
+        assert (outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.total_ms) == (
+            None,
+            None,
+            None,
+            0,
+        )
+
+    asyncio.run(go())
+
+
+def test_why_there_was_no_connection_is_one_of_a_fixed_few() -> None:
+    """What a tenant reads holds nothing that was found out: no text of a library, of a server or of the system is built in."""
+    built = []
+    for module in ("connections", "exchange", "line", "resolver", "tunnel"):
+        path = Path(inspect.getfile(Resolver)).with_name(f"{module}.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="ConnectFailure" | "_NotAsked"), args=[_, ast.JoinedStr() as said]
+                ):
+                    built.append(ast.unparse(said))
+                case ast.Assign(targets=[ast.Attribute(attr="reason")], value=ast.JoinedStr() as said):
+                    built.append(ast.unparse(said))
+    assert built == []
 
 
 def test_rules_that_change_hold_for_idle_connections_too() -> None:

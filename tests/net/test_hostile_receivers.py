@@ -190,4 +190,3 @@ def test_other_lanes_do_not_notice(ports: tuple[int, int]) -> None:
     assert all(o.status == 200 for o in good)
     assert len(good) > 50
     assert memory.taken() < 2 * MEMORY_MOST
-    assert took[len(took) * 95 // 100] < 3000, "what the hostile ones have"

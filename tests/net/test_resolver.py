@@ -20,7 +20,7 @@ from tests.net.test_exchange import request
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-A, AAAA = 1, 28
+A, CNAME, AAAA = 1, 5, 28
 
 ALLOW = AddressRules(allow=(ipaddress.ip_network("127.0.0.0/8"),))
 
@@ -33,6 +33,8 @@ class Dns(asyncio.DatagramProtocol):
         self.then: dict[tuple[str, int], list[str]] = {}
         """Records from the second answer on."""
         self.ttl = 60
+        self.alias_ttl: int | None = None
+        """Where it is set, every name is a CNAME with this TTL, and what it stands for has the records."""
         self.delay_s = 0.0
         self.silent = False
         self.silent_for: set[str] = set()
@@ -54,14 +56,20 @@ class Dns(asyncio.DatagramProtocol):
         if (name, kind) in self.then:
             self.records[name, kind] = self.then[name, kind]
         known = any(key[0] == name for key in self.records)
-        answers = b"".join(
-            b"\xc0\x0c"
+        owner, alias = b"\xc0\x0c", b""
+        if found and self.alias_ttl is not None:
+            owner = b"\x04real\xc0\x0c"
+            alias = b"\xc0\x0c" + struct.pack(">HHIH", CNAME, 1, self.alias_ttl, len(owner)) + owner
+        answers = alias + b"".join(
+            owner
             + struct.pack(">HHIH", kind, 1, self.ttl, 4 if kind == A else 16)
             + ipaddress.ip_address(a).packed
             for a in found
         )
         flags = 0x8180 if known else 0x8183
-        reply = data[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0) + question + answers
+        reply = (
+            data[:2] + struct.pack(">HHHHH", flags, 1, len(found) + bool(alias), 0, 0) + question + answers
+        )
         if not self.silent and name not in self.silent_for:
             asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
 
@@ -149,6 +157,22 @@ async def test_the_cache_honours_the_ttl_within_bounds(dns: Dns, make: Callable[
     now = 5.1 + 301
     await resolver.resolve("a.example")
     assert asked() == 2
+
+
+@with_dns
+async def test_the_shortest_ttl_of_the_way_counts(dns: Dns, make: Callable[..., Resolver]) -> None:
+    """A name that is moved by its CNAME has an address behind it that lives long."""
+    now = 0.0
+    resolver = make(mono=lambda: now)
+    dns.records = {("a.example", A): ["127.0.0.2"]}
+    dns.ttl, dns.alias_ttl = 300, 20
+    assert (await resolver.resolve("a.example")).addresses == ("127.0.0.2",)
+    now = 19.0
+    await resolver.resolve("a.example")
+    assert resolver.lookups == 1
+    now = 21.0
+    await resolver.resolve("a.example")
+    assert resolver.lookups == 2
 
 
 @with_dns

@@ -135,15 +135,14 @@ def test_a_certificate_for_the_address_or_for_another_name_is_none(
 ) -> None:
     outcomes, receiver = post(Server(authority, *names), tls_context(ca_file))
     assert outcomes[0].kind is OutcomeKind.TLS_FAILED
-    assert "Hostname mismatch" in outcomes[0].reason
-    assert "127.0.0.1" not in outcomes[0].reason
+    assert outcomes[0].reason == "the certificate is not accepted: it is for another name"
     assert receiver.calls == []
 
 
 def test_an_expired_certificate_is_refused(authority: trustme.CA, ca_file: str) -> None:
     yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
     outcomes, receiver = post(Server(authority, NAME, not_after=yesterday), tls_context(ca_file))
-    assert outcomes[0].reason == "the certificate is not accepted: certificate has expired"
+    assert outcomes[0].reason == "the certificate is not accepted: it has expired"
     assert receiver.calls == []
 
 
