@@ -417,7 +417,6 @@ CERTIFICATE_REASONS = {
     19: UNKNOWN_ISSUER,
     20: UNKNOWN_ISSUER,
     21: UNKNOWN_ISSUER,
-    23: "the certificate is not accepted: it was revoked",
     62: "the certificate is not accepted: it is for another name",
     64: "the certificate is not accepted: it is for another address",
 }
