@@ -11,8 +11,9 @@ from tests.producing import add_endpoint, fetch, send, wait_empty
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
-    import pytest
     from collections.abc import Callable
+
+    import pytest
 
     from tests.daemon_process import DaemonProcess
 
