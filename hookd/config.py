@@ -122,6 +122,7 @@ class AdminConfig(msgspec.Struct, frozen=True):
     """``[admin]``"""
 
     listen: str = "127.0.0.1:8440"
+    hosts: list[str] = msgspec.field(default_factory=list)
     token_file: str = ""
 
 
@@ -593,6 +594,9 @@ def _bad_delivery(delivery: DeliveryConfig) -> Iterator[tuple[str, str]]:
         yield "delivery.format", 'is "thin", which needs delivery.thin_url'
 
 
+HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_])?")
+
+
 def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
     if not config.admin.listen:
         return
@@ -601,6 +605,12 @@ def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
     except ValueError as problem:
         yield "admin.listen", str(problem)
         return
+    for name in config.admin.hosts:
+        if not HOST_NAME.fullmatch(name):
+            yield (
+                "admin.hosts",
+                f'{name!r} is no host; write a name without scheme and port, such as "hookd.example.com"',
+            )
     if not _loopback(host) and not config.admin.token_file:
         yield "admin.listen", f"{host} is not loopback: set admin.token_file, or listen on 127.0.0.1"
     file = config.admin.token_file
