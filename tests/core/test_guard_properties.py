@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hookd.core.addresses import (
     NAT64_LENGTHS,
+    OWN,
     TABLE_4,
     TABLE_6,
     AddressRules,
@@ -177,6 +178,28 @@ def test_an_allowed_form_does_not_open_what_is_inside(address: ipaddress.IPv4Add
     both = AddressRules(allow=(net("::/0"), net("0.0.0.0/0")))
     for text in as_ipv6(str(address)).values():
         assert classify(text, both).allowed
+
+
+@examples(300)
+@given(public_4, st.sampled_from(NAT64_LENGTHS))
+def test_an_address_of_this_machine_is_refused_in_every_form(own: ipaddress.IPv4Address, length: int) -> None:
+    everything_6 = net("::/0")
+    rules = AddressRules(own=frozenset({own}))
+    assert not classify(own, rules).allowed
+    for name, text in as_ipv6(str(own)).items():
+        assert not classify(text, rules).allowed, name
+        if name != "reserved /8":
+            assert not classify(text, AddressRules(own=frozenset({own}), allow=(everything_6,))).allowed, name
+        if len(embedded(ipaddress.IPv6Address(text))) == 1:
+            assert classify(text, AddressRules(allow=(everything_6,))).allowed, "it is that alone"
+    prefix = ipaddress.IPv6Network(
+        (int(ipaddress.IPv6Address("2606:4700:6464::")) >> 128 - length << 128 - length, length)
+    )
+    through = _through(prefix, own)
+    assert classify(through, AddressRules(nat64=(prefix,))).allowed
+    assert "this machine" in classify(through, AddressRules(nat64=(prefix,), own=frozenset({own}))).detail
+    # the prefix may be cut from the network of this machine, whose own address there embeds what is public
+    assert classify(through, AddressRules(nat64=(prefix,), own=frozenset({through}))).detail == OWN
 
 
 @examples(300)
