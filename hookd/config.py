@@ -26,7 +26,7 @@ from msgspec import Meta
 from hookd.core.addresses import NAT64_LENGTHS, Address, AddressRules
 from hookd.core.model import HostLimits, RetryPolicy
 from hookd.core.proxies import Proxy, parse_proxy
-from hookd.core.urls import UrlProblem, parse_url
+from hookd.core.urls import NUMERIC_LABEL, UrlProblem, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -100,6 +100,7 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     """``[network]``"""
 
     allow: list[str] = msgspec.field(default_factory=list)
+    allow_names: list[str] = msgspec.field(default_factory=list)
     deny: list[str] = msgspec.field(default_factory=list)
     nat64_prefixes: list[str] = msgspec.field(default_factory=list)
     https_only: bool = False
@@ -534,6 +535,15 @@ def _bad_bundle(name: str) -> Iterator[tuple[str, str]]:
         yield "network.ca_file", f"{name} cannot be read: {error.strerror}"
 
 
+def _bad_names(network: NetworkConfig) -> Iterator[tuple[str, str]]:
+    for text in network.allow_names:
+        if not ALLOWED_NAME.fullmatch(text) or NUMERIC_LABEL.fullmatch(text.rpartition(".")[2]):
+            yield (
+                "network.allow_names",
+                f'{text!r} is no host name; write for example "receiver", "hooks.corp" or "*.internal" (addresses belong in network.allow)',
+            )
+
+
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
     for key in ("allow", "deny"):
         for text in getattr(network, key):
@@ -542,8 +552,9 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
             except ValueError:
                 yield (
                     f"network.{key}",
-                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"',
+                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8" (names belong in network.allow_names)',
                 )
+    yield from _bad_names(network)
     for text in network.nat64_prefixes:
         try:
             length = ipaddress.IPv6Network(text).prefixlen
@@ -567,6 +578,9 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
     yield from _bad_proxy(network)
 
 
+ALLOWED_NAME = re.compile(
+    r"(?:\*?\.)?[A-Za-z0-9_](?:[A-Za-z0-9_\-]*[A-Za-z0-9_])?(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_\-]*[A-Za-z0-9_])?)*"
+)
 NAME_SERVER = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<address>[^:\[\]]+)):\d{1,5}")
 
 
@@ -661,6 +675,11 @@ def address_rules(network: NetworkConfig, own: frozenset[Address]) -> AddressRul
         own,
         tuple(ipaddress.IPv6Network(text) for text in network.nat64_prefixes),
     )
+
+
+def allowed_names(network: NetworkConfig) -> tuple[str, ...]:
+    """The private names that may be called, as ``core.urls`` compares them."""
+    return tuple(name.lower() for name in network.allow_names)
 
 
 def json_schema() -> dict[str, Any]:

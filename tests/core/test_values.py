@@ -104,6 +104,39 @@ def test_urls_that_are_refused(text: str) -> None:
     assert problem.reason
 
 
+NAMES = ("receiver", "hooks.corp", "*.internal", ".lan")
+
+
+@pytest.mark.parametrize(
+    ("host", "called"),
+    [
+        ("receiver", True), ("RECEIVER", True), ("receiver.", True), ("hooks.corp", True), ("a.internal", True), ("a.b.internal", True),
+        ("nas.lan", True), ("receiver2", False), ("x.receiver.local", False), ("x.hooks.corp", False),
+        ("internal", False), ("lan", False), ("xinternal", False), ("printer.local", False), ("a.internal.local", False),
+        ("-receiver", False), ("a..internal", False),
+    ],
+)  # fmt: skip
+def test_private_names_that_are_allowed(host: str, called: bool) -> None:
+    target = parse_url(f"http://{host}:9000/x", names=NAMES)
+    assert isinstance(target, Target) is called, target
+    assert isinstance(parse_url(f"http://{host}:9000/x"), UrlProblem)
+
+
+def test_an_allowed_name_opens_nothing_but_names() -> None:
+    for url in (
+        "http://127.1/",
+        "http://0x7f.1/",
+        "http://2130706433/",
+        "ftp://receiver/",
+        "http://receiver:22/",
+        "http://u@receiver/",
+    ):
+        assert parse_url(url, names=("127.1", "*.1", "2130706433", "receiver")) == parse_url(url)
+    target = parse_url("http://10.0.0.1/", names=("10.0.0.1", "*.1"))
+    assert isinstance(target, Target)
+    assert not classify(target.host, AddressRules()).allowed
+
+
 @examples(100)
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_url_parser(text: str) -> None:
