@@ -108,6 +108,8 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     proxy_resolves: bool = False
     ca_file: str = ""
     nameservers: list[str] = msgspec.field(default_factory=list)
+    hosts_file: str = ""
+    search_domains: list[str] = msgspec.field(default_factory=list)
 
 
 class SecurityConfig(msgspec.Struct, frozen=True):
@@ -506,8 +508,12 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
         yield "database.dsn", 'write "embedded" or a URI such as "postgresql://user@host:5432/name"'
 
 
+PUBLIC_FILES = ("network.ca_file", "network.hosts_file")
+"""The others hold secrets."""
+
+
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
-    for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
+    for path in (*PUBLIC_FILES, "database.password_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
         if not name:
@@ -516,7 +522,7 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
             if path == "network.ca_file":
                 yield from _bad_bundle(name)
             continue
-        if path == "network.ca_file":
+        if path in PUBLIC_FILES:
             yield path, f"there is no file {name}"
         else:
             # not repeated: it may be the secret itself, written where its file's name belongs
@@ -542,6 +548,9 @@ def _bad_names(network: NetworkConfig) -> Iterator[tuple[str, str]]:
                 "network.allow_names",
                 f'{text!r} is no host name; write for example "receiver", "hooks.corp" or "*.internal" (addresses belong in network.allow)',
             )
+    for text in network.search_domains:
+        if not ALLOWED_NAME.fullmatch(text) or text.startswith(("*", ".")):
+            yield "network.search_domains", f'{text!r} is no domain; write for example "corp.example.com"'
 
 
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
@@ -552,7 +561,8 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
             except ValueError:
                 yield (
                     f"network.{key}",
-                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8" (names belong in network.allow_names)',
+                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"'
+                    + ("; names belong in network.allow_names" if key == "allow" else ""),
                 )
     yield from _bad_names(network)
     for text in network.nat64_prefixes:

@@ -217,7 +217,13 @@ class Daemon:
         resolver = (
             ByProxy()
             if config.network.proxy_resolves
-            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
+            else Resolver(
+                lambda: self.rules,
+                nameservers=config.network.nameservers,
+                hosts_file=config.network.hosts_file,
+                search_domains=config.network.search_domains,
+                mono=self._clock.mono,
+            )
         )
         exchange = HttpExchange(
             resolver,

@@ -142,7 +142,8 @@ def _resolver(config: Config) -> Resolver | ByProxy:
     if network.proxy_resolves:
         return NoNames()
     rules = address_rules(network, own_addresses())
-    return Names(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    return Names(lambda: rules, nameservers=network.nameservers, hosts_file=network.hosts_file,
+                 search_domains=network.search_domains, mono=time.monotonic)  # fmt: skip
 
 
 @contextlib.asynccontextmanager
