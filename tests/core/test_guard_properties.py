@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from hookd.core.addresses import (
     NAT64_LENGTHS,
     OWN,
-    TABLE_4,
-    TABLE_6,
     AddressRules,
     classify,
     embedded,
@@ -25,6 +23,7 @@ from hookd.core.headers import RESERVED, as_read, check_header, check_headers
 from hookd.core.request import InvalidRequest, prepare_head
 from hookd.core.urls import URL_MOST, Target, UrlProblem, parse_url
 from tests.fuzzing import examples
+from tests.registries import ALLOCATED_6, OTHER_4, OTHER_6, SPECIAL_4, SPECIAL_6
 from tests.spelling import as_host, as_ipv4, as_ipv6
 
 RULES = AddressRules()
@@ -34,9 +33,8 @@ def net(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text)
 
 
-# From the registries, by hand and apart from the table: its rows are joined where they touch.
-INTERNAL_4 = [net(text) for text, _ in TABLE_4]
-INTERNAL_6 = [net(text) for text, _ in TABLE_6] + [net("4000::/2"), net("8000::/1"), net("::/3")]
+INTERNAL_4 = [net(text) for text, _ in SPECIAL_4 + OTHER_4]
+INTERNAL_6 = [net(text) for text, _ in SPECIAL_6 + OTHER_6]
 
 internal_4 = st.sampled_from(INTERNAL_4).flatmap(lambda n: st.ip_addresses(v=4, network=str(n)))
 internal_6 = st.sampled_from(INTERNAL_6).flatmap(lambda n: st.ip_addresses(v=6, network=str(n)))
@@ -57,9 +55,25 @@ def _is_internal(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 public_4 = st.ip_addresses(v=4).filter(lambda a: not _is_internal(a))
-public_6 = st.ip_addresses(v=6, network="2000::/3").filter(
+public_6 = st.ip_addresses(v=6, network=ALLOCATED_6).filter(
     lambda a: not _is_internal(a) and int(a) >> 32 & 0xFDFF_FFFF != 0x5EFE
 )
+
+
+@pytest.mark.parametrize(("network", "why"), SPECIAL_4 + OTHER_4)
+def test_every_block_of_ipv4_is_refused_in_every_form(network: str, why: str) -> None:
+    block = net(network)
+    for address in {str(block[0]), str(block[block.num_addresses // 2]), str(block[-1])}:
+        assert not classify(address, RULES).allowed, why
+        for name, text in as_ipv6(address).items():
+            assert not classify(text, RULES).allowed, (name, why)
+
+
+@pytest.mark.parametrize(("network", "why"), SPECIAL_6 + OTHER_6)
+def test_every_block_of_ipv6_is_refused(network: str, why: str) -> None:
+    block = net(network)
+    for address in {block[0], block[block.num_addresses // 2], block[-1]}:
+        assert not classify(address, RULES).allowed, why
 
 
 @examples(300)
