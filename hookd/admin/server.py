@@ -85,7 +85,7 @@ class AdminServer:
         if address is None:
             return None
         host, port = address
-        self._access = Access(host, self._token, self._sessions)
+        self._access = Access(host, self._token, self._sessions, config.admin.hosts)
         await self._pool
         await self.reading.open()
         app = web.Application(middlewares=[self._guarded, self._explained], client_max_size=BODY_MOST)
