@@ -473,7 +473,9 @@ def print_pages(found: dict[str, dict[str, float]]) -> None:
     for name, f in found.items():
         rows = f"{f['rows']:.0f}" if f["rows"] >= 0 else ""
         slow = "  > 200" if f["p95"] > PAGE_MOST_MS else ""
-        print(f"{name:{width}}  {rows:>4}  {f['p50']:6.1f}  {f['p95']:6.1f}  {f['most']:6.1f}  {f['cpu']:6.2f}{slow}")
+        print(
+            f"{name:{width}}  {rows:>4}  {f['p50']:6.1f}  {f['p95']:6.1f}  {f['most']:6.1f}  {f['cpu']:6.2f}{slow}"
+        )
     print(
         f"CPU of a page, on average: {statistics.fmean(f['cpu'] for n, f in found.items() if n.startswith('page ')):.2f} ms\n"
         f"{len(found)} pages and routes, p95 of the slowest {max(f['p95'] for f in found.values()):.0f} ms   floor {PAGE_MOST_MS:.0f}"

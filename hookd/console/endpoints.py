@@ -6,7 +6,8 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookd.console.charts import Series, count, lines, milliseconds, spark, stacked
+from hookd.console.charts import Series, count, lines, milliseconds, stacked
+from hookd.console.markup import sparkline
 from hookd.console.overview import cause
 from hookd.console.overview import lane as lane_row
 from hookd.console.query import Query, uuid
@@ -142,8 +143,7 @@ def listed(
         "types": record.types,
         "shown_state": state,
         "note": note or record.description or "",
-        "spark": spark(good, bad),
-        "spark_say": f"{made:,} attempts in 24 hours, {sum(bad):,} failed",
+        "spark": sparkline(good, bad, f"{made:,} attempts in 24 hours, {sum(bad):,} failed"),
         "success": share(sum(good), made),
     }
 
