@@ -72,6 +72,17 @@ select e.id as endpoint_id, h.at, h.delivered, h.failed, h.total_ms, h.slowest_m
  order by h.at
 """
 
+# The list of endpoints shows 50 times 24 hours: as a row each they took 4 ms of the daemon's CPU, as arrays 0.6 ms.
+# An hour is looked up by itself, because between two of them the index has all other endpoints.
+OUTCOMES = """
+select e.id as endpoint_id, array_agg(n.hour) as hours, array_agg(h.delivered) as delivered, array_agg(h.failed) as failed
+  from hookd.endpoint e
+ cross join generate_series(0, $3::integer - 1) n (hour)
+  join hookd.endpoint_hour h on h.at = $2::timestamptz + n.hour * interval '1 hour' and h.endpoint = e.key
+ where e.id = any($1::uuid[])
+ group by e.id
+"""
+
 FAILURES = f"""
 with looked as (
   select a.at, a.event_id, a.delivery_id, a.endpoint, a.outcome, a.status, a.verdict,
@@ -215,9 +226,7 @@ async def endpoint_hours(
 
     Rows: at, delivered, failed, average_ms, slowest_ms.
     """
-    now = within_reason(until) or await connection.fetchval(NOW)
-    end = _floor(now, datetime.timedelta(hours=1)) + datetime.timedelta(hours=1)
-    since = end - datetime.timedelta(hours=hours)
+    since, end = await _hours(connection, hours, until)
     found: dict[UUID, list[dict[str, Any]]] = {e: [] for e in endpoints}
     for row in await connection.fetch(HOURS, list(endpoints), since, end):
         made = row["delivered"] + row["failed"]
@@ -230,6 +239,19 @@ async def endpoint_hours(
                 "slowest_ms": row["slowest_ms"],
             }
         )
+    return found
+
+
+async def hourly_outcomes(
+    connection: asyncpg.Connection, endpoints: Sequence[UUID], *, hours: int
+) -> dict[UUID, tuple[list[int], list[int]]]:
+    """How many attempts delivered and how many failed, in each of the last hours; of those endpoints that were called."""
+    since, _ = await _hours(connection, hours)
+    found: dict[UUID, tuple[list[int], list[int]]] = {}
+    for row in await connection.fetch(OUTCOMES, list(endpoints), since, hours):
+        delivered, failed = found[row["endpoint_id"]] = [0] * hours, [0] * hours
+        for hour, well, badly in zip(row["hours"], row["delivered"], row["failed"], strict=True):
+            delivered[hour], failed[hour] = well, badly
     return found
 
 
@@ -249,6 +271,15 @@ async def failures(
     for row in causes:
         del row["looked_back_to"]
     return Failures(causes, looked)
+
+
+async def _hours(
+    connection: asyncpg.Connection, hours: int, until: datetime.datetime | None = None
+) -> tuple[datetime.datetime, datetime.datetime]:
+    """So many, the one that goes on is the last."""
+    hour = datetime.timedelta(hours=1)
+    end = _floor(within_reason(until) or await connection.fetchval(NOW), hour) + hour
+    return end - hours * hour, end
 
 
 def _floor(at: datetime.datetime, step: datetime.timedelta) -> datetime.datetime:
