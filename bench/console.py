@@ -329,8 +329,7 @@ WARM_UP = 80_000
 """
 Deliveries before the time counts: six seconds, in which the reader asks for each page once without a pause.
 
-What a process does for its first pages only (sessions, statements, templates) is 7.5 ms of its CPU a page; 3.1 ms is what
-they cost from then on.
+What a process does for its first pages only (sessions, statements) is no part of what they cost from then on.
 """
 
 READER = """
