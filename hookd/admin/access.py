@@ -8,9 +8,9 @@ are not the danger: browsers are, which carry requests of foreign pages to loopb
   changes nothing about that.  Only beyond loopback, and with no names configured, it is not known what is served.
 - ``Sec-Fetch-Site`` and ``Origin``, which a page can neither forge nor, in browsers since 2020, leave out of a request that
   changes something, must be this server's own.  Programs send neither.
-- So a request to the API that changes something, and comes with neither and with no token, may be a page's in an older
-  browser.  It has to hold what a page can send to another site only after asking, and nobody answers that (CORS):
-  ``application/json``, with or without a body, or the header that names who acts.
+- So a POST to the API that comes with neither and with no token may be a page's in an older browser.  It has to hold what a
+  page can send to another site only after asking, and nobody answers that (CORS): ``application/json``, with or without a
+  body, or the header that names who acts.  ``PATCH``, ``PUT`` and ``DELETE`` no page sends without asking.
 - A body must be ``application/json``.  The forms of the console are the exception: they, and whatever else changes
   something with a session, have to say that they come from here.
 
@@ -41,9 +41,6 @@ JSON = "application/json"
 
 ACTOR_HEADER = "Hookd-Actor"
 """For whom a program acts, for the audit trail: taken for what it says."""
-
-SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""Change nothing (RFC 9110, 9.2.1)."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -110,7 +107,7 @@ class Access:
             return Refusal(
                 403, "cross_site", "forms are taken from the console's own pages; programs use /api/v1"
             )
-        if not (page or self._token or method in SAFE or own or _asked_for(headers, content_type)):
+        if method == "POST" and not (page or self._token or own or _asked_for(headers, content_type)):
             return Refusal(
                 403,
                 "cross_site",

@@ -24,8 +24,8 @@ ABOUT = """Everything that hookd's console shows and does, for programs.
 Lists are pages: follow `next` until it is null, with the same parameters. A search looks for a moment and then answers with what it
 has: a page may be short, or empty, and still have a `next`. Errors are problem details (RFC 9457) with a `code`.
 
-Where no token is set, a request that changes something has to show that no page of another site sent it: it says `Content-Type:
-application/json`, with or without a body, or `Hookd-Actor`, or (a browser's) `Sec-Fetch-Site` or `Origin` of this server."""
+Where no token is set, a `POST` has to show that no page of another site sent it: it says `Content-Type: application/json`, with or
+without a body, or `Hookd-Actor`, or (a browser's) `Sec-Fetch-Site` or `Origin` of this server."""
 
 ON_PROBLEM = {
     "description": "It was not done.",
@@ -95,7 +95,7 @@ def _operation(each: Operation, fields: dict[str, Any]) -> dict[str, Any]:
                 "name": ACTOR_HEADER,
                 "in": "header",
                 "description": "For whom you act: a name for the audit trail, of which 100 characters are kept. Where no token "
-                "is set, a request that has neither a JSON body nor its content type needs it.",
+                "is set, a POST that has neither a JSON body nor its content type needs it.",
                 "schema": {"type": "string"},
             }
         )
