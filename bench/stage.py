@@ -400,6 +400,10 @@ class Daemon:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def ran_s(self) -> float:
+        """CPU time so far of its main thread, to the nanosecond; needs Linux."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e9
+
     def displaced_s(self) -> float:
         """Time so far that it was ready to run and somebody else had its core; needs Linux."""
         return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9

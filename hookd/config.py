@@ -26,7 +26,7 @@ from msgspec import Meta
 from hookd.core.addresses import NAT64_LENGTHS, Address, AddressRules
 from hookd.core.model import HostLimits, RetryPolicy
 from hookd.core.proxies import Proxy, parse_proxy
-from hookd.core.urls import UrlProblem, parse_url
+from hookd.core.urls import NUMERIC_LABEL, UrlProblem, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -100,6 +100,7 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     """``[network]``"""
 
     allow: list[str] = msgspec.field(default_factory=list)
+    allow_names: list[str] = msgspec.field(default_factory=list)
     deny: list[str] = msgspec.field(default_factory=list)
     nat64_prefixes: list[str] = msgspec.field(default_factory=list)
     https_only: bool = False
@@ -107,6 +108,8 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     proxy_resolves: bool = False
     ca_file: str = ""
     nameservers: list[str] = msgspec.field(default_factory=list)
+    hosts_file: str = ""
+    search_domains: list[str] = msgspec.field(default_factory=list)
 
 
 class SecurityConfig(msgspec.Struct, frozen=True):
@@ -122,6 +125,7 @@ class AdminConfig(msgspec.Struct, frozen=True):
     """``[admin]``"""
 
     listen: str = "127.0.0.1:8440"
+    hosts: list[str] = msgspec.field(default_factory=list)
     token_file: str = ""
 
 
@@ -504,8 +508,12 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
         yield "database.dsn", 'write "embedded" or a URI such as "postgresql://user@host:5432/name"'
 
 
+PUBLIC_FILES = ("network.ca_file", "network.hosts_file")
+"""The others hold secrets."""
+
+
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
-    for path in ("database.password_file", "network.ca_file", "admin.token_file", "security.master_key_file"):
+    for path in (*PUBLIC_FILES, "database.password_file", "admin.token_file", "security.master_key_file"):
         section, key = path.split(".")
         name = getattr(getattr(config, section), key)
         if not name:
@@ -514,7 +522,7 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
             if path == "network.ca_file":
                 yield from _bad_bundle(name)
             continue
-        if path == "network.ca_file":
+        if path in PUBLIC_FILES:
             yield path, f"there is no file {name}"
         else:
             # not repeated: it may be the secret itself, written where its file's name belongs
@@ -533,6 +541,18 @@ def _bad_bundle(name: str) -> Iterator[tuple[str, str]]:
         yield "network.ca_file", f"{name} cannot be read: {error.strerror}"
 
 
+def _bad_names(network: NetworkConfig) -> Iterator[tuple[str, str]]:
+    for text in network.allow_names:
+        if not ALLOWED_NAME.fullmatch(text) or NUMERIC_LABEL.fullmatch(text.rpartition(".")[2]):
+            yield (
+                "network.allow_names",
+                f'{text!r} is no host name; write for example "receiver", "hooks.corp" or "*.internal" (addresses belong in network.allow)',
+            )
+    for text in network.search_domains:
+        if not ALLOWED_NAME.fullmatch(text) or text.startswith(("*", ".")):
+            yield "network.search_domains", f'{text!r} is no domain; write for example "corp.example.com"'
+
+
 def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
     for key in ("allow", "deny"):
         for text in getattr(network, key):
@@ -541,8 +561,10 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
             except ValueError:
                 yield (
                     f"network.{key}",
-                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"',
+                    f'{text!r} is no network; write for example "10.1.0.0/16" or "127.0.0.0/8"'
+                    + ("; names belong in network.allow_names" if key == "allow" else ""),
                 )
+    yield from _bad_names(network)
     for text in network.nat64_prefixes:
         try:
             length = ipaddress.IPv6Network(text).prefixlen
@@ -566,6 +588,9 @@ def _bad_network(network: NetworkConfig) -> Iterator[tuple[str, str]]:
     yield from _bad_proxy(network)
 
 
+ALLOWED_NAME = re.compile(
+    r"(?:\*?\.)?[A-Za-z0-9_](?:[A-Za-z0-9_\-]*[A-Za-z0-9_])?(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_\-]*[A-Za-z0-9_])?)*"
+)
 NAME_SERVER = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<address>[^:\[\]]+)):\d{1,5}")
 
 
@@ -593,6 +618,9 @@ def _bad_delivery(delivery: DeliveryConfig) -> Iterator[tuple[str, str]]:
         yield "delivery.format", 'is "thin", which needs delivery.thin_url'
 
 
+HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_])?")
+
+
 def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
     if not config.admin.listen:
         return
@@ -601,6 +629,12 @@ def _bad_admin(config: Config) -> Iterator[tuple[str, str]]:
     except ValueError as problem:
         yield "admin.listen", str(problem)
         return
+    for name in config.admin.hosts:
+        if not HOST_NAME.fullmatch(name):
+            yield (
+                "admin.hosts",
+                f'{name!r} is no host; write a name without scheme and port, such as "hookd.example.com"',
+            )
     if not _loopback(host) and not config.admin.token_file:
         yield "admin.listen", f"{host} is not loopback: set admin.token_file, or listen on 127.0.0.1"
     file = config.admin.token_file
@@ -651,6 +685,11 @@ def address_rules(network: NetworkConfig, own: frozenset[Address]) -> AddressRul
         own,
         tuple(ipaddress.IPv6Network(text) for text in network.nat64_prefixes),
     )
+
+
+def allowed_names(network: NetworkConfig) -> tuple[str, ...]:
+    """The private names that may be called, as ``core.urls`` compares them."""
+    return tuple(name.lower() for name in network.allow_names)
 
 
 def json_schema() -> dict[str, Any]:

@@ -26,7 +26,7 @@ import structlog
 
 from hookd import __version__
 from hookd.clock import SystemClock, SystemDice
-from hookd.config import address_rules
+from hookd.config import address_rules, allowed_names
 from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
@@ -217,7 +217,13 @@ class Daemon:
         resolver = (
             ByProxy()
             if config.network.proxy_resolves
-            else Resolver(lambda: self.rules, nameservers=config.network.nameservers, mono=self._clock.mono)
+            else Resolver(
+                lambda: self.rules,
+                nameservers=config.network.nameservers,
+                hosts_file=config.network.hosts_file,
+                search_domains=config.network.search_domains,
+                mono=self._clock.mono,
+            )
         )
         exchange = HttpExchange(
             resolver,
@@ -571,6 +577,7 @@ class Daemon:
             timeout_s=delivery.timeout,
             connect_timeout_s=delivery.connect_timeout,
             https_only=self.config.network.https_only,
+            names=allowed_names(self.config.network),
             thin=thin,
         )
 
@@ -601,6 +608,7 @@ class Daemon:
             redirects=delivery.redirects,
             https_only=self.config.network.https_only,
             user_agent=f"hookd/{__version__}",
+            names=allowed_names(self.config.network),
         )
 
     # What the parts ask for.

@@ -4,12 +4,15 @@ Who may ask the admin server: decided from a request's head alone.
 On loopback anybody on this machine may, elsewhere whoever has the token, or a session that was opened with it.  Programs
 are not the danger: browsers are, which carry requests of foreign pages to loopback.  What keeps those out:
 
-- ``Host`` must be an address that is served here: a name that was rebound to loopback is not (DNS rebinding).
-- ``Sec-Fetch-Site`` and ``Origin``, which a page cannot forge or leave out of a request that changes something, must be
-  this server's own.  Programs send neither.
-- A body must be ``application/json``, which a page can send to another site only after asking; nobody answers.  The forms
-  of the console are the exception: they, and whatever else changes something with a session, have to say that they come
-  from here.
+- ``Host`` must be an address that is served here: a name that was rebound to loopback is not (DNS rebinding).  A token
+  changes nothing about that.  Only beyond loopback, and with no names configured, it is not known what is served.
+- ``Sec-Fetch-Site`` and ``Origin``, which a page can neither forge nor, in browsers since 2020, leave out of a request that
+  changes something, must be this server's own.  Programs send neither.
+- So a POST to the API that comes with neither and with no token may be a page's in an older browser.  It has to hold what a
+  page can send to another site only after asking, and nobody answers that (CORS): ``application/json``, with or without a
+  body, or the header that names who acts.  ``PATCH``, ``PUT`` and ``DELETE`` no page sends without asking.
+- A body must be ``application/json``.  The forms of the console are the exception: they, and whatever else changes
+  something with a session, have to say that they come from here.
 
 There is no CORS: nothing is ever allowed to another origin.
 """
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from hookd.admin.sessions import Sessions
 
@@ -33,6 +36,11 @@ WITHOUT_TOKEN = frozenset({"/login", "/console.css", "/console.js", "/icon.svg"}
 """What the log-in page needs."""
 
 FORM = "application/x-www-form-urlencoded"
+
+JSON = "application/json"
+
+ACTOR_HEADER = "Hookd-Actor"
+"""For whom a program acts, for the audit trail: taken for what it says."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -65,13 +73,15 @@ def is_page(path: str) -> bool:
 class Access:
     """The rules for one listening address."""
 
-    def __init__(self, host: str, token: bytes, sessions: Sessions) -> None:
-        self._host = host.lower()
+    def __init__(self, host: str, token: bytes, sessions: Sessions, names: Sequence[str] = ()) -> None:
+        self._hosts = frozenset({"localhost", host.lower(), *(name.lower() for name in names)})
+        # beyond loopback a proxy or DNS gives this server names that are not known here
+        self._any_host = bool(token) and not names and not _is_loopback(host)
         self._token = token
         self._sessions = sessions
 
     def __repr__(self) -> str:
-        return f"<Access host={self._host} token={'yes' if self._token else 'no'}>"
+        return f"<Access hosts={sorted(self._hosts)} token={'yes' if self._token else 'no'}>"
 
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], *, has_body: bool, content_type: str
@@ -82,16 +92,27 @@ class Access:
             return None
         host = headers.get("Host", "")
         if not self._served(host):
-            return Refusal(403, "host", "this Host is not served here; call the address of admin.listen")
+            return Refusal(
+                403,
+                "host",
+                "this Host is not served here; call the address of admin.listen, or name the host in admin.hosts",
+            )
         if self._foreign(method, path, headers, host):
             return Refusal(403, "cross_site", "requests from other sites are refused")
         page = is_page(path)
-        if has_body and content_type != (FORM if page else "application/json"):
-            return Refusal(415, "content_type", f"send {FORM if page else 'application/json'}")
+        if has_body and content_type != (FORM if page else JSON):
+            return Refusal(415, "content_type", f"send {FORM if page else JSON}")
         own = self._own(headers, host)
         if page and not reads and not own:
             return Refusal(
                 403, "cross_site", "forms are taken from the console's own pages; programs use /api/v1"
+            )
+        if method == "POST" and not (page or self._token or own or _asked_for(headers, content_type)):
+            return Refusal(
+                403,
+                "cross_site",
+                f"another site's page could have sent this: add the header Content-Type: {JSON}, with or without a body, "
+                f"or {ACTOR_HEADER}: NAME",
             )
         if not self._token or path in WITHOUT_TOKEN or self.has_token(headers.get("Authorization", "")):
             return None
@@ -109,17 +130,11 @@ class Access:
         return self._sessions.holds(headers.get("Cookie", ""))
 
     def _served(self, host: str) -> bool:
-        if self._token:
-            # what a rebound name lacks is the token; which names a proxy in front uses is not known here
+        if self._any_host:
             return bool(host)
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         name = name.strip("[]").lower()
-        if name in ("localhost", self._host):
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
+        return bool(name) and (name in self._hosts or _is_loopback(name))
 
     @staticmethod
     def _foreign(method: str, path: str, headers: Mapping[str, str], host: str) -> bool:
@@ -146,6 +161,18 @@ class Access:
         """Whether it is the token; in a time that says nothing of it."""
         # aiohttp hands bytes that are no UTF-8 on as surrogates
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+
+
+def _asked_for(headers: Mapping[str, str], content_type: str) -> bool:
+    """Whether a page of another site would have needed leave to send it, or a person sent it by hand."""
+    return content_type == JSON or ACTOR_HEADER in headers or headers.get("Sec-Fetch-Site") == "none"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _same(origin: str, host: str) -> bool:

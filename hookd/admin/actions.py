@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from hookd.admin.problems import Refused
+from hookd.config import allowed_names
 from hookd.core.headers import check_headers
 from hookd.core.model import EndpointKey
 from hookd.core.request import InvalidRequest
@@ -415,7 +416,10 @@ class Actions:
 
     async def _judged(self, url: str) -> Target:
         # what the guard found out about addresses stays here: whoever typed the URL may read this
-        found = await vet(url, self._daemon.resolver, https_only=self._daemon.config.network.https_only)
+        network = self._daemon.config.network
+        found = await vet(
+            url, self._daemon.resolver, https_only=network.https_only, names=allowed_names(network)
+        )
         if not found.allowed or found.target is None:
             raise Refused(422, "url", f"the URL is refused: {found.reason}")
         return found.target

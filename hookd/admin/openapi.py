@@ -8,7 +8,8 @@ import msgspec
 
 from hookd import __version__
 from hookd.admin import schema
-from hookd.admin.operations import ACTOR_HEADER, PREFIX
+from hookd.admin.access import ACTOR_HEADER
+from hookd.admin.operations import PREFIX
 from hookd.admin.problems import MEDIA_TYPE
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ REF = "#/components/schemas/{name}"
 ABOUT = """Everything that hookd's console shows and does, for programs.
 
 Lists are pages: follow `next` until it is null, with the same parameters. A search looks for a moment and then answers with what it
-has: a page may be short, or empty, and still have a `next`. Errors are problem details (RFC 9457) with a `code`."""
+has: a page may be short, or empty, and still have a `next`. Errors are problem details (RFC 9457) with a `code`.
+
+Where no token is set, a `POST` has to show that no page of another site sent it: it says `Content-Type: application/json`, with or
+without a body, or `Hookd-Actor`, or (a browser's) `Sec-Fetch-Site` or `Origin` of this server."""
 
 ON_PROBLEM = {
     "description": "It was not done.",
@@ -90,7 +94,8 @@ def _operation(each: Operation, fields: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": ACTOR_HEADER,
                 "in": "header",
-                "description": "For whom you act: a name for the audit trail, of which 100 characters are kept.",
+                "description": "For whom you act: a name for the audit trail, of which 100 characters are kept. Where no token "
+                "is set, a POST that has neither a JSON body nor its content type needs it.",
                 "schema": {"type": "string"},
             }
         )

@@ -17,6 +17,7 @@ import asyncpg
 import msgspec
 from aiohttp import web
 
+from hookd.admin.access import ACTOR_HEADER
 from hookd.admin.problems import Refused, problem
 from hookd.postgres.audit import Actor
 from hookd.postgres.pages import BadCursor, TooMuch
@@ -33,9 +34,6 @@ Value = TypeVar("Value")
 Handler = TypeVar("Handler", bound="Callable[..., Any]")
 
 PREFIX = "/api/v1"
-
-ACTOR_HEADER = "Hookd-Actor"
-"""For whom a program acts, for the audit trail: taken for what it says."""
 
 ENCODER = msgspec.json.Encoder()
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookd.commands.session import Failed, keyring_of, whoami
-from hookd.config import address_rules
+from hookd.config import address_rules, allowed_names
+from hookd.core.urls import NO_FULL_NAME, PRIVATE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,7 +36,9 @@ async def vetted(url: str, config: Config) -> Vetted:
 
     resolver = _resolver(config)
     try:
-        return await vet(url, resolver, https_only=config.network.https_only)
+        return await vet(
+            url, resolver, https_only=config.network.https_only, names=allowed_names(config.network)
+        )
     finally:
         await resolver.close()
 
@@ -51,6 +54,8 @@ async def judged(url: str, config: Config) -> Any:
     if not found.allowed:
         detail = f" ({found.detail})" if found.detail else ""
         hint = "; network.allow in the configuration lets addresses through" if found.detail else ""
+        if found.reason in (NO_FULL_NAME, PRIVATE_NAME):
+            hint = "; network.allow_names in the configuration lets names through"
         raise Failed(f"{url} is refused: {found.reason}{detail}{hint}")
     if found.reason:
         click.echo(f"note: {found.reason}; it is registered all the same", err=True)
@@ -125,7 +130,7 @@ def _wire(config: Config) -> Wire:
     delivery = config.delivery
     thin = ThinLink(delivery.thin_url, os.urandom(32), 60.0) if delivery.thin_url else None
     return Common(f"hookd/{__version__}", BodyFormat(delivery.format), delivery.timeout, delivery.connect_timeout,
-                  config.network.https_only, thin=thin)  # fmt: skip
+                  config.network.https_only, allowed_names(config.network), thin=thin)  # fmt: skip
 
 
 def _resolver(config: Config) -> Resolver | ByProxy:
@@ -137,7 +142,8 @@ def _resolver(config: Config) -> Resolver | ByProxy:
     if network.proxy_resolves:
         return NoNames()
     rules = address_rules(network, own_addresses())
-    return Names(lambda: rules, nameservers=network.nameservers, mono=time.monotonic)
+    return Names(lambda: rules, nameservers=network.nameservers, hosts_file=network.hosts_file,
+                 search_domains=network.search_domains, mono=time.monotonic)  # fmt: skip
 
 
 @contextlib.asynccontextmanager
@@ -151,7 +157,8 @@ async def _exchange(config: Config) -> AsyncIterator[HttpExchange]:
     rules = address_rules(network, own_addresses())
     exchange = Exchange(
         _resolver(config), lambda: rules,
-        ExchangeOptions(delivery.max_response, delivery.redirects, network.https_only, f"hookd/{__version__}"),
+        ExchangeOptions(delivery.max_response, delivery.redirects, network.https_only, f"hookd/{__version__}",
+                        allowed_names(network)),
         wall=time.time, mono=time.monotonic, context=tls_context(network.ca_file),
         proxy=config.egress_proxy(),
     )  # fmt: skip

@@ -105,6 +105,10 @@ def _here(config: Config) -> list[Finding]:
         findings.append(
             Finding("network.allow", "warn", f"{', '.join(config.network.allow)}: may be called, private or not; remove it in production")
         )  # fmt: skip
+    if config.network.allow_names:
+        findings.append(
+            Finding("network.allow_names", "ok", f"{', '.join(config.network.allow_names)}: may be called by name; their addresses need network.allow where they are private")
+        )  # fmt: skip
     if config.security.core_dumps:
         findings.append(
             Finding("security.core_dumps", "warn", "on: a core dump of the daemon has secrets in it, and its user's debuggers see them")

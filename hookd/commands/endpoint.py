@@ -88,7 +88,7 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How ``add`` and ``rotate`` come by a signing secret."""
     for option in (
-        click.option("--secret", "given", metavar="S", help="One that you have: @FILE, or whsec_…, whsk_… itself, which process lists show."),
+        click.option("--secret", "given", metavar="S", help="One that you have: @FILE, - (stdin), or whsec_…, whsk_… itself, which process lists show."),
         click.option("--key-type", type=click.Choice(["hmac", "ed25519"]), help="Of a new secret: shared (whsec_…), or a key pair (whsk_…, whpk_…)."),
     ):  # fmt: skip
         command = option(command)
@@ -98,6 +98,9 @@ def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _secret(key_type: Any, given: str | None) -> Secret:
     from hookd.core.signing import chosen_secret  # noqa: PLC0415 - not for --help
 
+    if given and not given.startswith(("@", "-")):
+        click.echo("note: a secret on the command line is seen by everybody on this machine, and kept by your shell's history; "
+                   "write it to a file and give --secret @FILE, or - for stdin", err=True)  # fmt: skip
     try:
         return chosen_secret(key_type, given_secret(given), secrets.token_bytes(32))
     except ValueError as error:

@@ -28,7 +28,7 @@ BRIEF_BODY_SHOWN = 300
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0 takes any.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--secret", "secrets", multiple=True, envvar="HOOKD_SECRET", metavar="S", help="Check signatures with it (whsec_…, whpk_…, @FILE); may be repeated; else $HOOKD_SECRET.")  # fmt: skip
+@click.option("--secret", "secrets", multiple=True, envvar="HOOKD_SECRET", metavar="S", help="Check signatures with it (@FILE, whpk_…, or whsec_…, which process lists show); may be repeated; else $HOOKD_SECRET.")  # fmt: skip
 @click.option("--forward-to", default="", metavar="URL", help="Hand requests on, and its answer back.")
 @click.option(
     "--fail", type=click.FloatRange(0, 1), default=0.0, metavar="RATE", help="Answer this share with 500."

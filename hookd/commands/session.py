@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -136,21 +137,25 @@ def keyring_of(config: Config) -> Keyring:
         raise Failed(f"security.master_key_file: {problem}", 2) from None
 
 
+STDIN = "-"
+
+
 def given_secret(text: str | None) -> str | None:
     """
-    A secret as it was typed: itself, or ``@FILE``, which keeps it out of process lists and shell histories.
+    A secret as it was typed: itself, or ``@FILE`` or ``-`` (stdin), which keep it out of process lists and shell histories.
 
     Raises:
         Failed: the file cannot be read.
     """
-    if text is None or not text.startswith("@"):
+    if text is None or (text != STDIN and not text.startswith("@")):
         return text
+    name = "stdin" if text == STDIN else text[1:]
     try:
-        return Path(text[1:]).read_text(encoding="utf-8").strip()
+        return (sys.stdin.read() if text == STDIN else Path(name).read_text(encoding="utf-8")).strip()
     except OSError as error:
-        raise Failed(f"{text[1:]} cannot be read: {error.strerror}", 2) from None
+        raise Failed(f"{name} cannot be read: {error.strerror}", 2) from None
     except UnicodeError:
-        raise Failed(f"{text[1:]} is no text", 2) from None
+        raise Failed(f"{name} is no text", 2) from None
 
 
 def with_connection(

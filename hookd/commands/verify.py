@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hookd.commands.session import Failed, given_secret, options, print_json
+from hookd.commands.session import STDIN, Failed, given_secret, options, print_json
 
 if TYPE_CHECKING:
     from hookd.commands import Invocation
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     required=True,
     envvar="HOOKD_SECRET",
     metavar="S",
-    help="@FILE, or whsec_… or the public key whpk_… itself; else $HOOKD_SECRET, which process lists do not show.",
+    help="@FILE, or whsec_… (which process lists show) or the public key whpk_… itself; else $HOOKD_SECRET.",
 )
 @click.option(
     "--tolerance",
@@ -39,6 +39,8 @@ def verify(invocation: Invocation, secret: str, tolerance: float) -> None:
     """
     from hookd.core.signing import verify as check  # noqa: PLC0415 - not for --help
 
+    if secret == STDIN:
+        raise Failed("--secret -: stdin is the request; give the secret as @FILE or in $HOOKD_SECRET", 2)
     secret = given_secret(secret) or ""
     headers, body = _taken_apart(sys.stdin.buffer.read())
     report = check(secret, headers, body, time.time(), tolerance or 10**9)

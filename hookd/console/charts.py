@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,22 +42,12 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """The strip of a bucket, and what it says."""
-
-    x: float
-    width: float
-    say: str
-
-
-@dataclass(frozen=True, slots=True)
 class Chart:
     """Everything that a template needs."""
 
     title: str
     series: Sequence[Series]
     marks: Sequence[Mark]
-    hits: Sequence[Hit]
     xs: Sequence[str]
     ys: Sequence[str]
     """From top to bottom."""
@@ -111,19 +103,25 @@ def lines(title: str, names: Sequence[str], series: Sequence[Series], word: Call
 
 def spark(good: Sequence[int], bad: Sequence[int]) -> tuple[str, str]:
     """Two paths in a box of 100 by 20: how much went well and how much did not, upon each other."""
-    top = max((g + b for g, b in zip(good, bad, strict=True)), default=0) or 1
-    slot = 100 / max(1, len(good))
+    top = max(map(add, good, bad), default=0) or 1
+    lefts, width = _bars(len(good))
     paths: tuple[list[str], list[str]] = ([], [])
-    for n, (g, b) in enumerate(zip(good, bad, strict=True)):
+    for left, g, b in zip(lefts, good, bad, strict=True):
         below = 0.0
-        for path, value in ((paths[0], g), (paths[1], b)):
-            if value:
-                height = max(2.0, value / top * 20)
-                path.append(
-                    f"M{n * slot:.1f} {20 - below - height:.1f}h{slot * 0.8:.1f}v{height:.1f}h-{slot * 0.8:.1f}z"
-                )
-                below = min(18.0, below + height)
+        if g:
+            below = max(2.0, g / top * 20)
+            paths[0].append(f"{left}{20 - below:.1f}h{width}v{below:.1f}h-{width}z")
+        if b:
+            height, below = max(2.0, b / top * 20), min(18.0, below)
+            paths[1].append(f"{left}{20 - below - height:.1f}h{width}v{height:.1f}h-{width}z")
     return "".join(paths[0]), "".join(paths[1])
+
+
+@lru_cache(maxsize=4)
+def _bars(bars: int) -> tuple[tuple[str, ...], str]:
+    """Where the bars of a sparkline begin, and how wide they are: the same in each of the 50 on a page."""
+    slot = 100 / max(1, bars)
+    return tuple(f"M{n * slot:.1f} " for n in range(bars)), f"{slot * 0.8:.1f}"
 
 
 def count(value: float) -> str:
@@ -170,20 +168,11 @@ def _chart(
     *,
     filled: bool,
 ) -> Chart:
-    slot = WIDTH / max(1, len(names))
     rows = [
         (name, [word(v) if v is not None else "-" for v in values])
         for name, values in zip(names, zip(*(s.values for s in series), strict=True), strict=True)
     ]
-    hits = [
-        Hit(
-            n * slot,
-            slot,
-            f"{name}: " + ", ".join(f"{s.name} {v}" for s, v in zip(series, values, strict=True)),
-        )
-        for n, (name, values) in enumerate(rows)
-    ]
     # spread from edge to edge: the first, the last, and some between
     last = len(names) - 1
     xs = [names[round(n * last / (XS_MOST - 1))] for n in range(XS_MOST)] if last >= XS_MOST else list(names)
-    return Chart(title, series, marks, hits, xs, [word(top), word(top / 2), word(0)], filled, rows)
+    return Chart(title, series, marks, xs, [word(top), word(top / 2), word(0)], filled, rows)

@@ -6,7 +6,8 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookd.console.charts import Series, count, lines, milliseconds, spark, stacked
+from hookd.console.charts import Series, count, lines, milliseconds, stacked
+from hookd.console.markup import sparkline
 from hookd.console.overview import cause
 from hookd.console.overview import lane as lane_row
 from hookd.console.query import Query, uuid
@@ -31,6 +32,8 @@ ROWS = 50
 
 HOURS = 24
 """Of the list's small charts."""
+
+NOT_CALLED = [0] * HOURS, [0] * HOURS
 
 HEALTH_HOURS = 72
 
@@ -67,12 +70,11 @@ class Endpoints:
                 url=typed.get("url"),
             )
             more, records = len(records) > ROWS, records[:ROWS]
-            hours = await overview.endpoint_hours(session, [r.id for r in records], hours=HOURS)
-        now = self._site.now()
+            made = await overview.hourly_outcomes(session, [r.id for r in records], hours=HOURS)
         return self._site.page(
             request,
             "endpoints.html",
-            rows=[listed(r, hours.get(r.id, []), now) for r in records],
+            rows=[listed(r, *made.get(r.id, NOT_CALLED)) for r in records],
             address=asked,
             next=str(records[-1].id) if more else None,
         )
@@ -126,15 +128,10 @@ def standing(record: EndpointRecord) -> tuple[str, str]:
     return record.state, record.state_reason or ""
 
 
-def listed(
-    record: EndpointRecord, hours: Sequence[Mapping[str, Any]], now: datetime.datetime
-) -> dict[str, Any]:
+def listed(record: EndpointRecord, delivered: Sequence[int], failed: Sequence[int]) -> dict[str, Any]:
     """An endpoint as a row."""
     state, note = standing(record)
-    _, slots = filled(hours, HOURS, now)
-    good = [s["delivered"] if s else 0 for s in slots]
-    bad = [s["failed"] if s else 0 for s in slots]
-    made = sum(good) + sum(bad)
+    well, badly = sum(delivered), sum(failed)
     return {
         "id": record.id,
         "url": record.url,
@@ -142,25 +139,17 @@ def listed(
         "types": record.types,
         "shown_state": state,
         "note": note or record.description or "",
-        "spark": spark(good, bad),
-        "spark_say": f"{made:,} attempts in 24 hours, {sum(bad):,} failed",
-        "success": share(sum(good), made),
+        "spark": sparkline(delivered, failed, f"{well + badly:,} attempts in 24 hours, {badly:,} failed"),
+        "success": share(well, well + badly),
     }
-
-
-def filled(
-    hours: Sequence[Mapping[str, Any]], wanted: int, now: datetime.datetime
-) -> tuple[list[datetime.datetime], list[Mapping[str, Any] | None]]:
-    """The last hours, those without a call too."""
-    known = {row["at"]: row for row in hours}
-    this = now.replace(minute=0, second=0, microsecond=0)
-    times = [this - datetime.timedelta(hours=n) for n in reversed(range(wanted))]
-    return times, [known.get(at) for at in times]
 
 
 def charts(hours: Sequence[Mapping[str, Any]], now: datetime.datetime) -> list[Chart]:
     """Health over time: what was delivered and what failed, and how long it took."""
-    times, slots = filled(hours, HEALTH_HOURS, now)
+    known = {row["at"]: row for row in hours}
+    this = now.replace(minute=0, second=0, microsecond=0)
+    times = [this - datetime.timedelta(hours=n) for n in reversed(range(HEALTH_HOURS))]
+    slots = [known.get(at) for at in times]
     names = [f"{at:%d %b %H:00}" for at in times]
     return [
         stacked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from hookd.console.changes import Changes
@@ -54,6 +55,10 @@ class Console:
         Changes(self._site, self._actions).add_to(router)
         for part in (Overview, Endpoints, History, Live, Trail):
             part(self._site).add_to(router)
+
+    async def warm(self) -> None:
+        """Do ahead, beside the event loop, what the first pages would do on it."""
+        await asyncio.to_thread(self._site.compile)
 
     def refused(self, request: web.Request, refusal: Refusal) -> web.Response:
         """For who may not ask."""

@@ -7,13 +7,16 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from hookd.console.charts import count, milliseconds
+from hookd.console.markup import cells, strips, written
 from hookd.core.words import bounded, several, span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from markupsafe import Markup
 
 TONES = {
     "delivered": "good", "active": "good", "verified": "good", "ok": "good",
@@ -38,10 +41,15 @@ def tone(state: str | None) -> str:
     return TONES.get(state or "", "")
 
 
+def pill(state: str, word: str | None = None) -> Markup:
+    """A state in its colour, or another word in that colour."""
+    return written(f'<span class="pill {tone(state)}">{escape(word or state)}</span>')
+
+
 def when(at: datetime.datetime | None, now: datetime.datetime, *, exact: bool = False) -> Markup:
     """A time in UTC: of today's only the hour, and how long ago on hover; ``exact`` gives all of it, with milliseconds."""
     if at is None:
-        return Markup('<span class="dim">-</span>')
+        return written('<span class="dim">-</span>')
     at = at.astimezone(datetime.UTC)
     if exact:
         said = f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03}"
@@ -49,8 +57,10 @@ def when(at: datetime.datetime | None, now: datetime.datetime, *, exact: bool = 
         said = f"{at:%H:%M:%S}"
     else:
         said = f"{at:%d %b %H:%M}" if at.year == now.year else f"{at:%d %b %Y}"
-    return Markup('<time class="nowrap" datetime="{}" title="{} UTC, {}">{}</time>').format(
-        at.isoformat(timespec="milliseconds"), f"{at:%Y-%m-%d %H:%M:%S}", ago(at, now), said
+    # nothing in it is anybody's text
+    return written(
+        f'<time class="nowrap" datetime="{at.isoformat(timespec="milliseconds")}" '
+        f'title="{at:%Y-%m-%d %H:%M:%S} UTC, {ago(at, now)}">{said}</time>'
     )
 
 
@@ -74,7 +84,9 @@ def short(value: Any) -> Markup:
     text = str(value)
     if len(text) < 20:
         return escape(text)
-    return Markup('<span class="mono nowrap" title="{}">{}…{}</span>').format(text, text[:8], text[-6:])
+    return written(
+        f'<span class="mono nowrap" title="{escape(text)}">{escape(text[:8])}…{escape(text[-6:])}</span>'
+    )
 
 
 def share(part: float, whole: float) -> str:
@@ -117,8 +129,9 @@ def pretty(text: str) -> str:
 def filters() -> dict[str, Callable[..., Any]]:
     """What the templates may call, by name."""
     return {
-        "tone": tone, "when": when, "ago": ago, "size": size, "short": short, "share": share, "pretty": pretty,
+        "tone": tone, "pill": pill, "when": when, "ago": ago, "size": size, "short": short, "share": share, "pretty": pretty,
         "ms": lambda value: milliseconds(value) if value is not None else "-",
         "count": lambda value: count(value) if value is not None else "-",
         "bounded": bounded, "several": several, "span": span, "cut": lambda text: text[:BODY_MOST],
+        "strips": strips, "cells": cells,
     }  # fmt: skip

@@ -80,6 +80,15 @@ class Site:
         stamp = hashlib.sha256(b"".join(files.values())).hexdigest()[:12]
         self._environment.globals.update(version=__version__, stamp=stamp)
 
+    def compile(self) -> None:
+        """
+        Make code of all templates, once a process: 0.2 s of CPU and 2 MB, to be spent in a thread.
+
+        At the first page it would be done on the event loop, which stood still for 60 ms then.
+        """
+        for name in self._environment.list_templates():
+            self._environment.get_template(name)
+
     def add_to(self, router: web.UrlDispatcher, access: Access) -> None:
         """Add what is no page of its own: files, log-in and log-out."""
         for name in STATIC:

@@ -128,6 +128,8 @@ def table_verdict(address: Address) -> AddressVerdict:
     return ALLOWED
 
 
+OWN = "an address of this machine"
+
 NAT64_LENGTHS = (32, 40, 48, 56, 64, 96)
 """Of prefixes (RFC 6052, 2.2)."""
 
@@ -185,18 +187,24 @@ def classify(address: str | Address, rules: AddressRules) -> AddressVerdict:
             address = ipaddress.ip_address(address)
         except ValueError:
             return _blocked("not an IP address")
-    if any(address in network for network in rules.deny if network.version == address.version):
+    if _within(address, rules.deny):
         return _blocked("denied by network.deny")
-    if any(address in network for network in rules.allow if network.version == address.version):
+    if _within(address, rules.allow):
         return _inside(embedded(address), rules) if address.version == 6 else ALLOWED
-    if address.version == 6:
+    own = address in rules.own
+    # what is cut from the network of this machine may embed a public address and be this machine all the same
+    if address.version == 6 and not own:
         for network in rules.nat64:
             if address in network:
                 return _inside([nat64_inside(address, network.prefixlen)], rules)
     verdict = table_verdict(address)
-    if verdict.allowed and address in rules.own:
-        return _blocked("an address of this machine")
+    if verdict.allowed and own:
+        return _blocked(OWN)
     return verdict
+
+
+def _within(address: Address, networks: tuple[Network, ...]) -> bool:
+    return any(address in network for network in networks if network.version == address.version)
 
 
 def _inside(carried: list[ipaddress.IPv4Address], rules: AddressRules) -> AddressVerdict:

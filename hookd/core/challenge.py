@@ -88,7 +88,7 @@ def request(endpoint: Endpoint, wire: Wire, challenge: str, message_id: UUID, ti
     Raises:
         InvalidRequest: the endpoint cannot be called; says why.
     """
-    target = parse_url(endpoint.url, https_only=wire.https_only)
+    target = parse_url(endpoint.url, https_only=wire.https_only, names=wire.names)
     if isinstance(target, UrlProblem):
         raise InvalidRequest(target.reason)
     # the type comes first: an echo that is cut off has it

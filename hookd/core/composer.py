@@ -29,6 +29,8 @@ class Wire:
     timeout_s: float
     connect_timeout_s: float
     https_only: bool = False
+    names: tuple[str, ...] = ()
+    """Private ones that may be called."""
     source: str = "hookd"
     """The source of CloudEvents."""
     thin: ThinLink | None = None
@@ -43,7 +45,7 @@ class Composer:
         self._wire = wire
         self._format = endpoint.format or wire.format
         self._problem: str | None = None
-        target = parse_url(endpoint.url, https_only=wire.https_only)
+        target = parse_url(endpoint.url, https_only=wire.https_only, names=wire.names)
         if isinstance(target, UrlProblem):
             self._problem = target.reason
             return

@@ -3,7 +3,8 @@ Which headers a subscriber or a producer may set.
 
 aiohttp checks values but not names, and a prepared head bypasses even that: names such as ``X: injected``, a second
 ``Content-Length`` or a foreign ``Host`` would be sent as they are.  So names must be tokens and values visible ASCII
-(RFC 9110, 5.5 and 5.6.2), and none may frame, route, authenticate to a proxy or sign.
+with blanks inside (RFC 9110, 5.5 and 5.6.2; no tabs, which it allows and some parsers fold), and none may frame, route,
+change the method, speak for a proxy or sign.
 
 Names are compared as the worst of readers does: without case, and with ``_`` for ``-`` (CGI and WSGI make both
 ``HTTP_WEBHOOK_SIGNATURE``).
@@ -18,28 +19,54 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,128}")
-VALUE = re.compile(r"(?:[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?")
+VALUE = re.compile(r"(?:[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?)?")
 
 TOTAL_MOST = 8 * 1024
 
 RESERVED = frozenset(
     {
-        "accept-encoding",  # nothing is decompressed
+        # framing: RFC 9110 and 9112, 6; of one connection: RFC 9110, 7.6.1, and 7540, 3.2.1
         "connection",
-        "content-encoding",
         "content-length",
-        "content-type",  # the format says it
-        "cookie",
         "expect",
-        "host",
+        "http2-settings",
         "keep-alive",
         "te",
         "trailer",
         "transfer-encoding",
         "upgrade",
+        # what the body is, which the format says; nothing is decompressed
+        "accept-encoding",
+        "content-encoding",
+        "content-range",
+        "content-type",
+        "cookie",
+        # routing: what proxies add (RFC 7239, 9110, 8470) and gateways, frameworks and CDNs believe
+        "client-ip",
+        "early-data",
+        "host",
+        "max-forwards",
+        "proxy",  # HTTP_PROXY to CGI programs (CVE-2016-5385, "httpoxy")
+        "true-client-ip",
+        "via",
+        "x-client-ip",
+        "x-host",
+        "x-real-ip",
+        "x-rewrite-url",
+        # another method than POST
+        "x-http-method",
+        "x-http-method-override",
+        "x-method-override",
+        # signatures of requests (RFC 9421) and what they cover (RFC 9530, 3230, 1864)
+        "content-digest",
+        "content-md5",
+        "digest",
+        "repr-digest",
+        "signature",
+        "signature-input",
     }
 )
-RESERVED_PREFIXES = ("webhook-", "svix-", "hookd-", "proxy-")
+RESERVED_PREFIXES = ("webhook-", "svix-", "hookd-", "proxy-", "forwarded", "x-forwarded", "x-original-")
 
 
 def as_read(name: str) -> str:

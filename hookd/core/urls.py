@@ -15,8 +15,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import idna
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 URL_MOST = 2048
 
@@ -128,15 +132,28 @@ def is_localhost(host: str) -> bool:
     return host in LOCALHOST or host.endswith(".localhost")
 
 
-def parse_url(text: str, *, https_only: bool = False) -> Target | UrlProblem:
-    """Take a URL apart and judge its form; one call costs about 8 µs."""
+NO_FULL_NAME = "the host has a single label; write its full name"
+PRIVATE_NAME = "the host is a private name, which the public DNS does not have"
+
+
+def is_named(host: str, names: Sequence[str]) -> bool:
+    """Whether a host is one of ``names``, or below one that is written ``*.suffix`` or ``.suffix``; all are lower-case."""
+    return any(host.endswith(n.removeprefix("*")) if n.startswith(("*.", ".")) else host == n for n in names)
+
+
+def parse_url(text: str, *, https_only: bool = False, names: Sequence[str] = ()) -> Target | UrlProblem:
+    """
+    Take a URL apart and judge its form; one call costs about 8 µs.
+
+    ``names`` are hosts that may be called although the public DNS does not have them (``network.allow_names``).
+    """
     try:
-        return _parse(text, https_only=https_only)
+        return _parse(text, https_only=https_only, names=names)
     except _Refused as problem:
         return UrlProblem(str(problem))
 
 
-def _parse(text: str, *, https_only: bool) -> Target:
+def _parse(text: str, *, https_only: bool, names: Sequence[str]) -> Target:
     if len(text) > URL_MOST:
         raise _Refused(f"the URL is longer than {URL_MOST} characters")
     if CONTROL.search(text):
@@ -158,7 +175,7 @@ def _parse(text: str, *, https_only: bool) -> Target:
     if pieces is None:
         raise _Refused("host and port cannot be told apart")
     port = _port(pieces["port"], scheme)
-    host, ip = _literal6(pieces["v6"]) if pieces["v6"] is not None else _host(pieces["host"])
+    host, ip = _literal6(pieces["v6"]) if pieces["v6"] is not None else _host(pieces["host"], names)
     path_and_query = _path(parts["path"] or "/", parts["query"] or "")
     target = Target("", scheme, host, port, path_and_query, ip)
     url = f"{scheme}://{target.host_header}{path_and_query}"
@@ -187,7 +204,7 @@ def _literal6(text: str) -> tuple[str, ipaddress.IPv6Address]:
     return str(ip), ip
 
 
-def _host(text: str) -> tuple[str, ipaddress.IPv4Address | None]:
+def _host(text: str, names: Sequence[str]) -> tuple[str, ipaddress.IPv4Address | None]:
     if not text:
         raise _Refused("the URL has no host")
     if len(text) > 253 + 1:
@@ -202,22 +219,22 @@ def _host(text: str) -> tuple[str, ipaddress.IPv4Address | None]:
         if ip is None or str(ip) != host or text != host:
             raise _Refused("the host looks like an IPv4 address but is not written as four decimal numbers")
         return host, ip
-    _check_name(host, labels)
+    _check_name(host, labels, names)
     return host, None
 
 
-def _check_name(host: str, labels: list[str]) -> None:
+def _check_name(host: str, labels: list[str], names: Sequence[str]) -> None:
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
         raise _Refused("the host is not a valid name")
     for label in labels:
         if label.startswith("xn--"):
             _check_a_label(label)
-    if is_localhost(host):
+    if is_localhost(host) or is_named(host, names):
         return
     if len(labels) == 1:
-        raise _Refused("the host has a single label; write its full name")
+        raise _Refused(NO_FULL_NAME)
     if host.endswith(tuple("." + suffix for suffix in PRIVATE_SUFFIXES)):
-        raise _Refused("the host is a private name, which the public DNS does not have")
+        raise _Refused(PRIVATE_NAME)
 
 
 def _to_ascii(text: str) -> str:

@@ -74,6 +74,7 @@ class ExchangeOptions:
     redirects: str = "never"
     https_only: bool = False
     user_agent: str = "hookd"
+    names: tuple[str, ...] = ()
 
 
 class _NotAsked(Exception):
@@ -349,7 +350,7 @@ class HttpExchange:
         except ValueError:
             outcome.reason = "a redirect to what is no URL"
             return None
-        target = parse_url(absolute, https_only=self.options.https_only)
+        target = parse_url(absolute, https_only=self.options.https_only, names=self.options.names)
         if isinstance(target, UrlProblem):
             outcome.reason = "a redirect to a URL that is not called"  # why is told where it is registered
             return None

@@ -5,8 +5,8 @@ The cache is ours and bounded: it honours TTLs within bounds, remembers failures
 many wait for a name.  Every answer is judged by the address guard; forbidden addresses are dropped, and a name none of
 whose addresses is allowed is blocked.
 
-Names are asked for as they are: no search domains, and no hosts file, so that what a name means does not depend on the
-machine.  ``localhost`` is loopback by RFC 6761, without asking anybody.
+Names are asked for as they are, without search domains and hosts file unless they are configured, so that what a name
+means does not depend on the machine.  ``localhost`` is loopback by RFC 6761, without asking anybody.
 
 A long-lived c-ares channel learns how long answers take, and after some thousand quick ones gives up on a slow name
 after as little as 0.25 s, whatever ``timeout`` says (c-ares 1.32 and later; seen with 1.34.9).  So a time-out is asked
@@ -35,6 +35,7 @@ import pycares
 
 from hookd.core.addresses import TENANT_REASON, AddressRules, classify
 from hookd.core.urls import is_localhost
+from hookd.net.hosts import HostsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,10 +128,14 @@ class Resolver:
         rules: Callable[[], AddressRules],
         *,
         nameservers: Sequence[str] = (),
+        hosts_file: str = "",
+        search_domains: Sequence[str] = (),
         mono: Callable[[], float],
     ) -> None:
         self._rules = rules
         self._nameservers = list(nameservers)
+        self._hosts = HostsFile(hosts_file)
+        self._search = [domain.lower() for domain in search_domains]
         self._mono = mono
         self._cache: OrderedDict[str, _Answer] = OrderedDict()
         self._asking: dict[str, asyncio.Task[_Answer]] = {}
@@ -202,6 +207,8 @@ class Resolver:
             pass
         if is_localhost(host):
             return _Answer(LOOPBACK, "", 0.0)
+        if written := self._hosts.addresses(host):
+            return _Answer(written, "", 0.0)
         answer = self._cache.get(host)
         if answer is None or answer.until <= self._mono():
             return None
@@ -219,12 +226,20 @@ class Resolver:
 
     async def _ask(self, host: str) -> _Answer:
         try:
-            return await self._asked(host)
+            return await self._searched(host)
         except asyncio.CancelledError:
             if not self._silent:
                 raise
             self._wanted = host
             return _Answer((), NO_DNS, 0.0, ours=True)
+
+    async def _searched(self, host: str) -> _Answer:
+        """A single label is looked for below each search domain first, as resolv.conf has it."""
+        for name in [f"{host}.{domain}" for domain in self._search if "." not in host]:
+            answer = self._known(name) or await self._asked(name)
+            if answer.addresses or answer.ours:
+                return answer
+        return await self._asked(host)
 
     async def _asked(self, host: str) -> _Answer:
         self.lookups += 1

@@ -9,6 +9,8 @@ from hookd.core.urls import UrlProblem, parse_url
 from hookd.net.tunnel import ByProxy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hookd.core.urls import Target
     from hookd.net.resolver import Resolver
 
@@ -26,14 +28,16 @@ class Vetted:
     """For the operator only: the addresses that are never dialled, and why."""
 
 
-async def vet(url: str, resolver: Resolver | ByProxy, *, https_only: bool) -> Vetted:
+async def vet(
+    url: str, resolver: Resolver | ByProxy, *, https_only: bool, names: Sequence[str] = ()
+) -> Vetted:
     """
     Judge a URL.
 
     A name that does not resolve now is allowed, with a reason: an endpoint may be registered before its DNS record is
     there, and every attempt asks the guard again.
     """
-    target = parse_url(url, https_only=https_only)
+    target = parse_url(url, https_only=https_only, names=names)
     if isinstance(target, UrlProblem):
         return Vetted(allowed=False, reason=target.reason)
     if isinstance(resolver, ByProxy):

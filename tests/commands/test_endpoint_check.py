@@ -103,6 +103,29 @@ def test_what_the_configuration_says_counts(check: Cli) -> None:
     assert (inside.returncode, "it embeds 10.0.0.1: private" in inside.stdout) == (1, True)
 
 
+def test_a_private_name_is_allowed_by_name_and_judged_by_address(check: Cli) -> None:
+    names = GUARDED | {"HOOKD_NETWORK__ALLOW_NAMES": '["Receiver", "*.internal"]'}
+    for url in ("http://receiver:9000/", "http://a.b.internal/"):
+        assert "no DNS server answers" in check.ok("endpoint", "check", url, **names)
+        assert "refused: the host" in check("endpoint", "check", url, **GUARDED).stdout
+    assert "refused: the host" in check("endpoint", "check", "http://nas.local/", **names).stdout
+    for wrong in (
+        "*",
+        "10.0.0.1",
+        "10.0.0.0/8",
+        "http://receiver",
+        "receiver:9000",
+        "a..b",
+        "",
+        "*.*.internal",
+        "ä.internal",
+    ):
+        said = check.fails(
+            2, "endpoint", "check", "http://receiver/", HOOKD_NETWORK__ALLOW_NAMES=json.dumps([wrong])
+        )
+        assert "network.allow_names" in said
+
+
 def test_wrong_usage_and_wrong_configuration_are_2(check: Cli) -> None:
     check.fails(2, "endpoint", "check")
     check.fails(2, "endpoint", "check", "https://a.example/", "https://b.example/")

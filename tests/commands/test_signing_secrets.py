@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hookd.core.signing import new_secret, public_key
+from hookd.core.signing import new_secret, parse_secret, public_key, sign
 from tests.cli import Cli
 from tests.producing import fetch
 from tests.receiver import Receiver
@@ -52,6 +53,23 @@ def test_a_secret_that_you_have_is_taken_and_not_printed(cli: Cli, tmp_path: Pat
     # what is exported for `verify` and `listen` is not taken for a new endpoint's
     (made,) = cli.json("endpoint", "add", "http://127.0.0.1:9000/", HOOKD_SECRET=secret.reveal())
     assert made["secret"].startswith("whsec_")
+
+
+def test_a_secret_that_process_lists_show_is_noted_and_stdin_is_another_way(cli: Cli) -> None:
+    secret = new_secret(b"s" * 32).reveal()
+    url = "http://127.0.0.1:9000/"
+    typed = cli("endpoint", "add", url, "--secret", secret, "--json")
+    assert typed.returncode == 0
+    assert "everybody on this machine" in typed.stderr
+    assert secret not in typed.stdout + typed.stderr
+    piped = cli("endpoint", "add", url, "--secret", "-", "--json", stdin=secret + "\n")
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert secret not in piped.stdout
+    body, signed = b"{}", int(time.time())
+    signature = sign([parse_secret(secret)], "m1", signed, body)
+    captured = f"webhook-id: m1\nwebhook-timestamp: {signed}\nwebhook-signature: {signature}\n\n{{}}"
+    assert cli.ok("verify", stdin=captured, HOOKD_SECRET=secret)
+    assert "stdin is the request" in cli.fails(2, "verify", "--secret", "-", stdin=captured)
 
 
 def test_headers_may_come_from_a_file(cli: Cli, tmp_path: Path) -> None:

@@ -130,7 +130,10 @@ def guarded(
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "token").write_text(TOKEN + "\n")
     (folder / "token").chmod(0o600)
-    yield from _world(server_dsn, template, stage, folder, HOOKD_ADMIN__TOKEN_FILE=str(folder / "token"))
+    yield from _world(
+        server_dsn, template, stage, folder,
+        HOOKD_ADMIN__TOKEN_FILE=str(folder / "token"), HOOKD_ADMIN__HOSTS='["hookd.example"]',
+    )  # fmt: skip
 
 
 def _world(

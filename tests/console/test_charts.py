@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookd.console.charts import HEIGHT, WIDTH, Series, count, lines, milliseconds, nice, spark, stacked
-from hookd.console.shown import ago, pretty, share, size, when
+from hookd.console.markup import cells, sparkline, strips
+from hookd.console.shown import ago, pill, pretty, share, short, size, when
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -31,7 +32,7 @@ def test_no_mark_leaves_the_box(values: list[float | None]) -> None:
     for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", chart.marks[0].path):
         assert -0.1 <= float(x) <= WIDTH + 0.1
         assert -0.1 <= float(y) <= HEIGHT + 0.1
-    assert len(chart.hits) == len(values)
+    assert strips(chart).count('class="hit"') == cells(chart).count("<tr>") == len(values)
     assert len(chart.xs) <= 5
     assert chart.empty == (not any(values))
 
@@ -56,7 +57,33 @@ def test_a_gap_stays_a_gap() -> None:
     chart = lines("x", list("abcde"), [Series("a", "p50", [1, None, 2, 3, None])], milliseconds)
     assert chart.marks[0].path.count("M") == 2
     assert chart.rows[1] == ("b", ["-"])
-    assert chart.hits[0].say == "a: a 1 ms"
+    assert 'data-say="a: a 1 ms"/>' in strips(chart)
+    assert cells(chart).startswith(
+        '<tr><td>a</td><td class="n">1 ms</td></tr><tr><td>b</td><td class="n">-</td></tr>'
+    )
+
+
+HOSTILE = "<i>\"&'"
+
+SAFE = "&lt;i&gt;&#34;&amp;&#39;"
+
+
+def test_what_is_written_without_a_template_is_escaped() -> None:
+    chart = stacked(HOSTILE, [HOSTILE, "b"], [Series(HOSTILE, "good", [1.0, 2.0])], lambda _: HOSTILE)
+    assert f'data-say="{SAFE}: {SAFE} {SAFE}"/>' in strips(chart)
+    assert cells(chart).startswith(f'<tr><td>{SAFE}</td><td class="n">{SAFE}</td></tr>')
+    assert f'aria-label="{SAFE}">' in sparkline([1], [2], HOSTILE)
+    assert pill("active", HOSTILE) == f'<span class="pill good">{SAFE}</span>'
+    assert pill(HOSTILE) == f'<span class="pill ">{SAFE}</span>'
+    assert HOSTILE[:3] not in short(HOSTILE) + short(HOSTILE * 9)
+
+
+def test_a_sparkline_is_one_path_for_what_went_well_and_one_for_what_did_not() -> None:
+    assert sparkline([2, 0], [0, 1], "3 attempts") == (
+        '<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none" role="img" aria-label="3 attempts">'
+        '<path class="area s-good" d="M0.0 0.0h40.0v20.0h-40.0z"/><path class="area s-bad" d="M50.0 10.0h40.0v10.0h-40.0z"/>'
+        '<path class="grid" d="M0 20h100"/></svg>'
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from hookd.core.addresses import (
     NAT64_LENGTHS,
-    TABLE_4,
-    TABLE_6,
+    OWN,
     AddressRules,
     classify,
     embedded,
@@ -24,6 +23,7 @@ from hookd.core.headers import RESERVED, as_read, check_header, check_headers
 from hookd.core.request import InvalidRequest, prepare_head
 from hookd.core.urls import URL_MOST, Target, UrlProblem, parse_url
 from tests.fuzzing import examples
+from tests.registries import ALLOCATED_6, OTHER_4, OTHER_6, SPECIAL_4, SPECIAL_6
 from tests.spelling import as_host, as_ipv4, as_ipv6
 
 RULES = AddressRules()
@@ -33,9 +33,8 @@ def net(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text)
 
 
-# From the registries, by hand and apart from the table: its rows are joined where they touch.
-INTERNAL_4 = [net(text) for text, _ in TABLE_4]
-INTERNAL_6 = [net(text) for text, _ in TABLE_6] + [net("4000::/2"), net("8000::/1"), net("::/3")]
+INTERNAL_4 = [net(text) for text, _ in SPECIAL_4 + OTHER_4]
+INTERNAL_6 = [net(text) for text, _ in SPECIAL_6 + OTHER_6]
 
 internal_4 = st.sampled_from(INTERNAL_4).flatmap(lambda n: st.ip_addresses(v=4, network=str(n)))
 internal_6 = st.sampled_from(INTERNAL_6).flatmap(lambda n: st.ip_addresses(v=6, network=str(n)))
@@ -56,9 +55,25 @@ def _is_internal(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 public_4 = st.ip_addresses(v=4).filter(lambda a: not _is_internal(a))
-public_6 = st.ip_addresses(v=6, network="2000::/3").filter(
+public_6 = st.ip_addresses(v=6, network=ALLOCATED_6).filter(
     lambda a: not _is_internal(a) and int(a) >> 32 & 0xFDFF_FFFF != 0x5EFE
 )
+
+
+@pytest.mark.parametrize(("network", "why"), SPECIAL_4 + OTHER_4)
+def test_every_block_of_ipv4_is_refused_in_every_form(network: str, why: str) -> None:
+    block = net(network)
+    for address in {str(block[0]), str(block[block.num_addresses // 2]), str(block[-1])}:
+        assert not classify(address, RULES).allowed, why
+        for name, text in as_ipv6(address).items():
+            assert not classify(text, RULES).allowed, (name, why)
+
+
+@pytest.mark.parametrize(("network", "why"), SPECIAL_6 + OTHER_6)
+def test_every_block_of_ipv6_is_refused(network: str, why: str) -> None:
+    block = net(network)
+    for address in {block[0], block[block.num_addresses // 2], block[-1]}:
+        assert not classify(address, RULES).allowed, why
 
 
 @examples(300)
@@ -177,6 +192,28 @@ def test_an_allowed_form_does_not_open_what_is_inside(address: ipaddress.IPv4Add
     both = AddressRules(allow=(net("::/0"), net("0.0.0.0/0")))
     for text in as_ipv6(str(address)).values():
         assert classify(text, both).allowed
+
+
+@examples(300)
+@given(public_4, st.sampled_from(NAT64_LENGTHS))
+def test_an_address_of_this_machine_is_refused_in_every_form(own: ipaddress.IPv4Address, length: int) -> None:
+    everything_6 = net("::/0")
+    rules = AddressRules(own=frozenset({own}))
+    assert not classify(own, rules).allowed
+    for name, text in as_ipv6(str(own)).items():
+        assert not classify(text, rules).allowed, name
+        if name != "reserved /8":
+            assert not classify(text, AddressRules(own=frozenset({own}), allow=(everything_6,))).allowed, name
+        if len(embedded(ipaddress.IPv6Address(text))) == 1:
+            assert classify(text, AddressRules(allow=(everything_6,))).allowed, "it is that alone"
+    prefix = ipaddress.IPv6Network(
+        (int(ipaddress.IPv6Address("2606:4700:6464::")) >> 128 - length << 128 - length, length)
+    )
+    through = _through(prefix, own)
+    assert classify(through, AddressRules(nat64=(prefix,))).allowed
+    assert "this machine" in classify(through, AddressRules(nat64=(prefix,), own=frozenset({own}))).detail
+    # the prefix may be cut from the network of this machine, whose own address there embeds what is public
+    assert classify(through, AddressRules(nat64=(prefix,), own=frozenset({through}))).detail == OWN
 
 
 @examples(300)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import socket
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from hookd.admin.access import Access
 from hookd.admin.sessions import Sessions
 from tests.cli import Cli
-from tests.corpus import read
 from tests.fuzzing import examples
 
 if TYPE_CHECKING:
@@ -56,6 +54,7 @@ def ask(admin: str, line: str, *lines: str | bytes, body: bytes = b"") -> tuple[
 
 
 JSON = "Content-Type: application/json"
+FORM = "Content-Type: application/x-www-form-urlencoded"
 CHANGES = (
     ("POST /api/v1/endpoints", ENDPOINT),
     (f"POST /api/v1/endpoints/{NOBODY}/pause", b""),
@@ -162,9 +161,13 @@ def test_every_answer_carries_the_policy_and_nothing_is_inline(
         ("GET /metrics", 200), ("GET /endpoints", 200), ("GET /events", 200), ("GET /deliveries", 200), ("GET /dead-letters", 200),
         ("GET /live", 200), ("GET /audit", 200), ("GET /deliveries?state=x", 422), ("GET /resend?state=exhausted", 200),
         ("GET /api/v1/status", 200), ("GET /nothing", 404), ("PUT /api/v1/endpoints", 405), ("OPTIONS /api/v1/endpoints", 405),
-        ("GET /api/v1/endpoints/x", 422), ("GET /login", 303), ("TRACE /", 403), ("POST /endpoints/add", 403),
+        ("POST /api/v1/nothing", 403), ("GET /api/v1/endpoints/x", 422), ("GET /login", 303), ("TRACE /", 403), ("POST /endpoints/add", 403),
     ):  # fmt: skip
-        got, head, _ = ask(admin, line, "Host: @")
+        got, head, _ = ask(
+            admin,
+            line,
+            "Host: @",
+        )
         assert got == status, line
         lower = head.lower()
         policy = re.search(rb"content-security-policy: (.*)", lower)
@@ -235,7 +238,6 @@ def test_the_token_is_wanted_for_everything_but_probes(
             assert TOKEN.encode() not in answer
     assert ask(daemon.admin, f"GET /api/v1/endpoints?token={TOKEN}", "Host: @")[0] == 401
     assert ask(daemon.admin, "GET /healthz", "Host: @")[0] == 200
-    assert ask(daemon.admin, "GET /api/v1/endpoints", "Host: hookd.example", right)[0] == 200
     assert ask(daemon.admin, "GET /api/v1/endpoints", "Host: @", right.replace("Bearer", "bearer"))[0] == 200
     status, *_ = ask(daemon.admin, "POST /api/v1/endpoints", "Host: @", right, JSON, body=ENDPOINT)
     assert status == 201
@@ -244,24 +246,86 @@ def test_the_token_is_wanted_for_everything_but_probes(
     assert TOKEN not in str(daemon.log())
 
 
-def test_the_corpus_is_refused_by_the_api(start_daemon: Callable[..., DaemonProcess]) -> None:
-    where = urlsplit(start_daemon(HOOKD_NETWORK__ALLOW="[]").admin)
-    client = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
-    for url, *_ in read("hostile_urls"):
-        for method, path in (("POST", "/api/v1/endpoints"), ("PATCH", f"/api/v1/endpoints/{NOBODY}")):
-            client.request(method, path, json.dumps({"url": url}), {"Content-Type": "application/json"})
-            answer = client.getresponse()
-            said = json.loads(answer.read())
-            assert (answer.status, said["code"]) in ((422, "url"), (400, "json")), (url, said)
-            assert "RFC" not in said["detail"], "what the guard found out stays here"
-    client.request(
-        "POST",
-        "/api/v1/endpoints",
-        json.dumps({"url": "http://93.184.216.34/"}),
-        {"Content-Type": "application/json"},
-    )
-    assert client.getresponse().status == 201
-    client.close()
+def test_what_changes_something_shows_that_no_page_sent_it(
+    tmp_path: Path, dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    admin = start_daemon().admin
+    made = json.loads(ask(admin, "POST /api/v1/endpoints", "Host: @", JSON, body=ENDPOINT)[2])["id"]
+    bare = (
+        f"POST /api/v1/endpoints/{made}/pause", f"POST /api/v1/endpoints/{made}/rotate",
+        f"POST /api/v1/events/{NOBODY}/resend", f"POST /api/v1/endpoints/{made}/verify",
+    )  # fmt: skip
+    for line in bare:
+        # an old browser's form or fetch: no Origin, no Sec-Fetch-Site, and what CORS calls simple
+        for lines in (
+            (),
+            ("Content-Type: text/plain",),
+            (FORM,),
+            ("Accept: */*",),
+            ("Authorization: Bearer x",),
+        ):
+            status, _, answer = ask(admin, line, "Host: @", *lines)
+            assert status == 403, (line, lines)
+            said = json.loads(answer)
+            assert said["code"] == "cross_site"
+            assert "Content-Type: application/json" in said["detail"]
+            assert "Hookd-Actor" in said["detail"]
+    assert [e["state"] for e in Cli(dsn, tmp_path).json("endpoint", "list")] == ["active"]
+    for lines in (
+        (JSON,), ("Hookd-Actor: alice",), ("hookd-actor: ",), ("Sec-Fetch-Site: same-origin",), ("Sec-Fetch-Site: none",),
+        ("Origin: http://@",), ("Content-Type: Application/JSON; charset=utf-8",),
+    ):  # fmt: skip
+        assert ask(admin, f"POST /api/v1/endpoints/{made}/pause", "Host: @", *lines)[0] == 200, lines
+        assert ask(admin, f"POST /api/v1/endpoints/{made}/resume", "Host: @", *lines)[0] == 200, lines
+    for proof in (JSON, "Hookd-Actor: alice"):
+        assert ask(admin, f"DELETE /api/v1/endpoints/{made}", "Host: evil.example", proof)[0] == 403
+        foreign = ("Host: @", proof, "Origin: http://evil.example")
+        assert ask(admin, f"DELETE /api/v1/endpoints/{made}", *foreign)[0] == 403
+    # no page sends this method to another site without asking
+    assert ask(admin, f"DELETE /api/v1/endpoints/{made}", "Host: @")[0] == 204
+
+
+def test_a_token_opens_no_other_host(tmp_path: Path, start_daemon: Callable[..., DaemonProcess]) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    right = f"Authorization: Bearer {TOKEN}"
+    admin = start_daemon(
+        HOOKD_ADMIN__TOKEN_FILE=str(tmp_path / "token"), HOOKD_ADMIN__HOSTS='["Hookd.Example"]'
+    ).admin
+    for host, status in (
+        ("@", 200), ("localhost", 200), ("hookd.example", 200), ("HOOKD.example:443", 200), ("evil.example", 403),
+        ("hookd.example.evil.example", 403), ("x.hookd.example", 403), ("10.0.0.1", 403), ("", 403), (":80", 403), ("[]", 403),
+    ):  # fmt: skip
+        got, _, answer = ask(admin, "GET /api/v1/endpoints", f"Host: {host}", right)
+        assert got == status, host
+        assert got == 200 or b"admin.hosts" in answer
+    assert ask(admin, "GET /login", "Host: evil.example")[0] == 403, "and nobody is asked for it there"
+    assert ask(admin, "GET /healthz", "Host: pod.example")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("listen", "names", "host", "served"),
+    [
+        ("0.0.0.0", (), "hookd.example", True),
+        ("::", (), "hookd.example:8440", True),
+        ("10.0.0.1", (), "hookd.example", True),
+        ("10.0.0.1", (), "", False),
+        ("10.0.0.1", ("hookd.example",), "hookd.example", True),
+        ("10.0.0.1", ("hookd.example",), "10.0.0.1:8440", True),
+        ("10.0.0.1", ("hookd.example",), "evil.example", False),
+        ("127.0.0.1", (), "hookd.example", False),
+        ("::1", (), "hookd.example", False),
+        ("localhost", (), "hookd.example", False),
+        ("127.0.0.1", (), "[::1]:8440", True),
+    ],
+)
+def test_which_hosts_are_served_with_a_token(
+    listen: str, names: tuple[str, ...], host: str, served: bool
+) -> None:
+    access = Access(listen, TOKEN.encode(), Sessions(lambda: 0.0), names)
+    headers = {"Host": host, "Authorization": f"Bearer {TOKEN}"}
+    refused = access.refusal("GET", "/api/v1/endpoints", headers, has_body=False, content_type="")
+    assert (refused is None) is served
 
 
 @pytest.mark.parametrize(

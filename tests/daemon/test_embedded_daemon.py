@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import os
 import re
 import shutil
@@ -30,14 +32,74 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def hookd(place: Path, *arguments: str) -> str:
+def hookd(place: Path, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "hookd", *arguments],
-        env={"PATH": "/usr/bin:/bin", "HOOKD_NETWORK__ALLOW": '["127.0.0.0/8"]'},
+        env={"PATH": "/usr/bin:/bin", "HOOKD_NETWORK__ALLOW": '["127.0.0.0/8"]', **environment},
         capture_output=True, text=True, cwd=place, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+AUDIT = """
+import os, sys
+started = os.open(os.environ["STARTED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def hook(event, arguments):
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.system"):
+        os.write(started, f"{event} {arguments!r}\\n".encode())
+sys.addaudithook(hook)
+"""
+"""For ``sitecustomize``: writes down every process that is started, however short it lives, with arguments and environment."""
+
+
+def test_no_process_has_a_secret_in_its_arguments(place: Path) -> None:
+    (place / "sitecustomize.py").write_text(AUDIT)
+    token, master, signing, header = (f"planted-{n}-{'0' * 20}" for n in range(4))
+    key, secret = (base64.b64encode(text.ljust(32).encode()[:32]).decode() for text in (master, signing))
+    for name, text in (
+        ("token", token),
+        ("key", key),
+        ("secret", f"whsec_{secret}"),
+        ("header", f"x-key: {header}"),
+    ):
+        (place / name).write_text(text)
+        (place / name).chmod(0o600)
+    environment = {
+        "PYTHONPATH": str(place), "STARTED": str(place / "started"), "HOOKD_ADMIN__TOKEN_FILE": "token",
+        "HOOKD_SECURITY__MASTER_KEY_FILE": "key",
+    }  # fmt: skip
+    daemon = DaemonProcess(place, environment)
+    daemon.wait_ready()
+    more = {"HOOKD_SECURITY__MASTER_KEY_FILE": "key"}
+    endpoint = hookd(
+        place,
+        "endpoint",
+        "add",
+        "http://127.0.0.1:9000/",
+        "--secret",
+        "@secret",
+        "--header",
+        "@header",
+        **more,
+    )
+    assert secret not in endpoint
+    password = next(place.rglob("password")).read_text().strip()
+    planted = (token, key, secret, header, password)
+    assert all(len(text) > 15 for text in planted)
+    running = ""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            running += file.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace") + "\n"
+    assert "-m hookd run" in running or not Path("/proc/self").exists()
+    assert daemon.stop() == 0
+    daemon.kill()
+    started = (place / "started").read_text()
+    assert "initdb" in started, "the hook is at work"
+    assert "--pwfile" in started
+    for text in planted:
+        assert text not in started
+        assert text not in running
 
 
 def postmaster(place: Path) -> int:

@@ -497,11 +497,24 @@ def test_redirects_to_another_host_take_no_secrets_along() -> None:
     async def go() -> None:
         async with Receiver() as other, Receiver(always(answer(307, location=other.url))) as receiver:
             async with exchange(redirects="any") as http:
-                outcome = await http.send(request(receiver.url, b"body", authorization="Bearer x"))
+                outcome = await http.send(
+                    request(receiver.url, b"body", authorization="Bearer x", x_env="prod")
+                )
                 assert outcome.status == 200
                 assert other.calls[0].body == b"body"
-                assert "authorization" not in other.calls[0].headers
-                assert not [h for h in other.calls[0].headers if h.startswith("webhook-")]
+                secret = {
+                    "authorization",
+                    "x_env",
+                    "webhook-id",
+                    "webhook-timestamp",
+                    "webhook-signature",
+                    "hookd-attempt",
+                }
+                assert secret <= set(receiver.calls[0].headers), "it had them"
+                assert dict(other.calls[0].headers) == {
+                    "host": other.url.split("/")[2], "content-type": "application/json", "accept": "*/*",
+                    "accept-encoding": "identity", "user-agent": "hookd", "content-length": "4",
+                }  # fmt: skip
             async with exchange(redirects="same-host") as http:
                 outcome = await http.send(request(receiver.url))
                 assert (outcome.status, len(other.calls)) == (307, 1)
@@ -509,17 +522,48 @@ def test_redirects_to_another_host_take_no_secrets_along() -> None:
     asyncio.run(go())
 
 
+BLOCKED = (OutcomeKind.BLOCKED, 0, 1, 1)
+NOT_FOLLOWED = (OutcomeKind.ANSWERED, 307, 0, 1)
+NOT_CALLED = "to a URL that is not called"
+
+
 @pytest.mark.parametrize(
-    "location", ["http://10.0.0.1/", "ftp://example.com/", "http://user:pw@127.0.0.1/", "//", "http://[::1"]
+    ("location", "ending", "reason"),
+    [
+        ("http://10.0.0.1/", BLOCKED, "the address is not allowed"),
+        ("http://169.254.169.254/latest", BLOCKED, "the address is not allowed"),
+        ("//[fd00:ec2::254]/", BLOCKED, "the address is not allowed"),
+        ("ftp://example.com/", NOT_FOLLOWED, NOT_CALLED),
+        ("http://user:pw@127.0.0.1/", NOT_FOLLOWED, NOT_CALLED),
+        ("http://127.1/", NOT_FOLLOWED, NOT_CALLED),
+        ("http://receiver/", NOT_FOLLOWED, NOT_CALLED),
+        ("//127.0.0.1:6379/", NOT_FOLLOWED, NOT_CALLED),
+        ("http://[::1", NOT_FOLLOWED, "a redirect to what is no URL"),
+    ],
 )
-def test_redirects_to_forbidden_places(location: str) -> None:
+def test_redirects_to_forbidden_places(
+    location: str, ending: tuple[OutcomeKind, int, int, int], reason: str
+) -> None:
     async def go() -> None:
         async with (
             Receiver(always(answer(307, location=location))) as receiver,
             exchange(redirects="any") as http,
         ):
             outcome = await http.send(request(receiver.url))
-            assert outcome.kind is OutcomeKind.BLOCKED or outcome.status == 307
+            assert (outcome.kind, outcome.status, outcome.redirects, len(receiver.calls)) == ending
+            assert reason in outcome.reason
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("names", [(), ("receiver",)])
+def test_a_redirect_to_a_private_name_is_followed_where_it_is_allowed(names: tuple[str, ...]) -> None:
+    async def go() -> None:
+        async with exchange(redirects="any", names=names) as http:
+            outcome = Outcome(OutcomeKind.ANSWERED, status=307)
+            hop = http.hop(request("http://127.0.0.1:9000/"), outcome, "http://receiver:9000/x")
+            assert (hop is not None) is bool(names)
+            assert (NOT_CALLED in outcome.reason) is not bool(names)
 
     asyncio.run(go())
 

@@ -20,6 +20,13 @@ insert into hookd.attempt (at, delivery_id, event_id, endpoint, attempt, status,
 values ($1, $2, hookd.uuid7(), 1, 1, $3, $4, $5, $6)
 """
 
+HOUR = """
+insert into hookd.endpoint_hour (at, endpoint, delivered, failed, total_ms, slowest_ms)
+select date_trunc('hour', now(), 'UTC') - $1::integer * interval '1 hour', e.key, $3, $4, 30, 20
+  from hookd.endpoint e
+ where e.id = $2
+"""
+
 
 def test_percentiles_lie_inside_their_buckets() -> None:
     found = percentiles({"10": 50, "20": 50, "inf": 0})
@@ -55,6 +62,25 @@ def test_rates_add_up_over_daemons_and_minutes(dsn: str) -> None:
     assert first.latency_ms.p50 <= 100 < first.latency_ms.p99  # type: ignore[operator]
     assert found.whole.attempts == 191
     assert found.until - found.since == datetime.timedelta(minutes=10)
+
+
+def test_the_last_hours_of_endpoints(dsn: str) -> None:
+    async def go() -> None:
+        _, called = await add_endpoint_with_id(dsn, "https://example.com/")
+        _, other = await add_endpoint_with_id(dsn, "https://example.net/")
+        connection = await asyncpg.connect(dsn)
+        for ago, made, bad in ((0, 5, 1), (3, 0, 2), (23, 7, 0), (24, 100, 100)):
+            await connection.execute(HOUR, ago, called, made, bad)
+        found = await overview.hourly_outcomes(connection, [called, other], hours=24)
+        await connection.close()
+        assert list(found) == [called]
+        delivered, failed = found[called]
+        if not delivered[-1]:  # an hour ended meanwhile
+            delivered, failed = [7, *delivered[:-1]], [0, *failed[:-1]]
+        assert delivered == [7, *[0] * 22, 5]
+        assert failed == [*[0] * 20, 2, 0, 0, 1]
+
+    asyncio.run(go())
 
 
 def test_failures_are_grouped_by_their_cause(dsn: str) -> None:
