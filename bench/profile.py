@@ -65,6 +65,9 @@ PARTS = (
     (REST, re.compile(r"hookd/|structlog|prometheus_client")),
 )  # fmt: skip
 
+IDLE_WORKER = "_queue_SimpleQueue_get"
+"""What a thread of the default executor does while it has nothing to do; py-spy takes that for work when it reads native frames."""
+
 ORDER = (*(name for name, _ in PARTS[:-1]), "system calls", "garbage collector", REST)
 
 
@@ -93,6 +96,8 @@ def shares(raw: str) -> tuple[int, Counter[str], dict[str, Counter[str]]]:
     functions: dict[str, Counter[str]] = {}
     for line in raw.splitlines():
         frames, _, count = line.rpartition(" ")
+        if IDLE_WORKER in frames:
+            continue
         name, function = part(frames.split(";"))
         parts[name] += int(count)
         functions.setdefault(name, Counter())[function] += int(count)
