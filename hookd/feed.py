@@ -298,7 +298,7 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-            self._read_again(delivery)
+            self._look_for(delivery)
         if self._moved or self._heads or self._states or self._hungry or self._dues or self._due_now:
             self._wake.set()
 
@@ -403,14 +403,15 @@ class Feed:
         gained, self._unread_shards = self._unread_shards, set()
         # raised first: from now on every producer notifies, until arrivals make the feed lower it
         await self._reads.flag_sleep(gained, asleep=True)
-        for endpoint in await self._reads.endpoints_of(gained):
-            self._serve(endpoint)
-        self.shards |= gained
         if self._since is None:
-            # taken after the locks were: what commits later is an arrival, what it shows is read by key
+            # taken after the locks were: what commits later is an arrival, what it shows is read by key; and before the
+            # endpoints are read: of what changes meanwhile nobody would tell
             self._since, db_now = await self._reads.snapshot()
             self._endpoints_since = self._since
             self._db_offset = db_now - self._clock.mono()
+        for endpoint in await self._reads.endpoints_of(gained):
+            self._serve(endpoint)
+        self.shards |= gained
         self._heads.doubt()
         fresh, due = await self._reads.recover()
         found = {*fresh, *(key for key, _ in due)}
@@ -468,12 +469,16 @@ class Feed:
         for key, endpoint in self._endpoints.items():
             if endpoint.shard not in left:
                 continue
-            for delivery in self._line.withdraw(key):
-                self._forget(delivery)
-            self._backlogs.pop(key, None)
-            self._hungry.pop(key, None)
-            self._due_now.pop(key, None)
-            self._full.discard(key)
+            self._let_go(key)
+
+    def _let_go(self, key: EndpointKey) -> None:
+        """Forget an endpoint's rows, and where they were: when it is ours again, it is read from the start."""
+        for delivery in self._line.withdraw(key):
+            self._forget(delivery)
+        self._backlogs.pop(key, None)
+        self._hungry.pop(key, None)
+        self._due_now.pop(key, None)
+        self._full.discard(key)
 
     def _mine(self, key: EndpointKey) -> bool:
         """Whether an endpoint is (still) in a shard that is read."""
@@ -507,8 +512,7 @@ class Feed:
             return
         self._look_again(endpoint.key)
         if endpoint.shard not in self.shards:
-            for delivery in self._line.withdraw(endpoint.key):
-                self._forget(delivery)
+            self._let_go(endpoint.key)
             if before is not None:
                 self._serve(endpoint)
             if self.shards.intersection(endpoint.former_shards):
@@ -943,6 +947,17 @@ class Feed:
             else:
                 self._lower_due_place(delivery.endpoint, delivery.due_at)
                 self._due(delivery.endpoint, 0.0)
+
+    def _look_for(self, delivery: Delivery) -> None:
+        """
+        One could not be settled: another owner has settled it meanwhile, and may have made a retry of it.
+
+        Reads have passed that by while it was taken to be in memory, and when it is due is not known here.
+        """
+        if self._ours(delivery.endpoint):
+            self._lower_place(delivery.endpoint, delivery.id - 1)
+            self._backlog(delivery.endpoint).due_place = (LONG_AGO, 0)
+            self._due(delivery.endpoint, 0.0)
 
     def _forget(self, delivery: Delivery, *, gone: bool = False) -> None:
         """It is not in memory any more; ``gone``: nor in the queue."""

@@ -58,6 +58,7 @@ class Link:
         self.loop = loop
         self.dice = dice
         self.cut = False
+        self._cuts = 0
         self.lag_s = 0.0002
         """One way, on the average."""
         self.server_s: Callable[[str], float] = lambda _: 0.0
@@ -90,10 +91,11 @@ class Link:
     def sever(self) -> None:
         """Nothing passes any more."""
         self.cut = True
+        self._cuts += 1
         for connection in list(self.connections):
             connection.watch()
             patience = self.dice.uniform(SILENCE_LEAST_S, SILENCE_MOST_S)
-            self.timeline.after(patience, self._give_up, connection.session)
+            self.timeline.after(patience, self._give_up, connection.session, self._cuts)
 
     def mend(self) -> None:
         """It is whole again: what was written in between arrives."""
@@ -102,8 +104,8 @@ class Link:
         for callback, args in waiting:
             self.timeline.after(0.0, self.arrive, callback, args)
 
-    def _give_up(self, session: Session) -> None:
-        if self.cut:
+    def _give_up(self, session: Session, cut: int) -> None:
+        if self.cut and cut == self._cuts:  # it has not been heard of in between
             self.database.end(session, self.timeline.now, silently=True)
 
 
