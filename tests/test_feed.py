@@ -311,6 +311,91 @@ def test_what_was_dropped_is_read_again_where_it_is_ours() -> None:
     asyncio.run(go())
 
 
+def test_a_retry_that_another_owner_made_of_what_was_in_flight_here_is_found() -> None:
+    """It was read while it was taken to be in memory, and so passed by; it is not where the delivery had been."""
+
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        feed.known.add(DeliveryId(4))
+        retry = row(4, 1, attempt=1, due_at=NOW - datetime.timedelta(seconds=1))
+        feed._due(ENDPOINT.key, 0.0)
+        reads.due = [retry]
+        await feed._turn()
+        assert line.admitted == []
+        feed.settled(
+            (),
+            (),
+            dropped=[Delivery(DeliveryId(4), ENDPOINT.key, Event(UUID(int=1), "a.b", "t", b"{}", 1.0), 0, 0)],
+        )
+        ((key, *place, _, _),) = feed._demand_due()
+        assert key == ENDPOINT.key
+        assert place < [retry.due_at, 4]
+
+    asyncio.run(go())
+
+
+def test_a_change_of_an_endpoint_while_its_shard_is_recovered_is_seen() -> None:
+    """It was read before the snapshot from which on changes are asked for, which had the change already."""
+
+    async def go() -> None:
+        order: list[str] = []
+
+        class Ordered(Reads):
+            async def snapshot(self) -> tuple[Snapshot, float]:
+                order.append("snapshot")
+                return SNAPSHOT, NOW.timestamp()
+
+            async def endpoints_of(self, shards: Iterable[int]) -> list[Endpoint]:
+                order.append("endpoints")
+                return [ENDPOINT]
+
+        feed = Feed(Ordered(), Forwarder(), Line(), SystemClock(), window=100, known=[])  # type: ignore[arg-type]
+        feed.own({0})
+        await feed._change_shards()
+        assert order == ["snapshot", "endpoints"]
+
+    asyncio.run(go())
+
+
+def test_due_times_are_not_kept_while_an_endpoint_is_elsewhere() -> None:
+    """One that had passed meanwhile kept all later ones from being waited for when it had come back with its shard."""
+
+    async def go() -> None:
+        feed = made(Reads(), Line(), Forwarder())
+        feed._due(ENDPOINT.key, NOW.timestamp() - 1)
+        feed._endpoint_changed(replace(ENDPOINT, shard=5, former_shards=(0,)))
+        assert feed._demand_due() == []
+        feed.shards.add(5)
+        feed._due(ENDPOINT.key, NOW.timestamp())
+        assert [key for key, *_ in feed._demand_due()] == [ENDPOINT.key]
+
+    asyncio.run(go())
+
+
+def test_what_a_refill_reads_goes_into_memory_as_its_events_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hookd.feed.EVENTS_AT_ONCE", 2)
+
+    async def go() -> None:
+        reads, line = Reads(), Line()
+        feed = made(reads, line, Forwarder())
+        there: list[int] = []
+        reads.meanwhile = lambda: there.append(len(line.admitted))
+        await feed._admit([row(n, n) for n in range(1, 6)])
+        assert there == [0, 2, 4]
+        assert [d.id for d in line.admitted] == [1, 2, 3, 4, 5]
+
+    asyncio.run(go())
+
+
+def test_a_queue_that_was_dry_when_it_was_looked_at_may_hold_more() -> None:
+    feed = made(Reads(), Line(), Forwarder())
+    share = feed._backlog(ENDPOINT.key).fresh
+    share.asked_mono = SystemClock().mono() - 1.0  # neither soon nor late
+    feed._ask(ENDPOINT.key, timed=False)
+    assert share.bound == 8
+
+
 def test_a_retry_does_not_wait_for_another_of_its_coalesce_key() -> None:
     """When the one under way had ended the newest was read, and the retry, which was neither, never again."""
     states = States()
