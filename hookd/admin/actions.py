@@ -251,7 +251,7 @@ class Actions:
         Send it a test event now, past the queue.
 
         Keys: request, accepted, outcome, status, reason, answer (headers and body; None: there was none), dns_ms,
-        connect_ms, first_byte_ms, total_ms.
+        connect_ms, tls_ms, first_byte_ms, total_ms.
         """
         async with self._session() as connection:
             record = self._there(await self._found(connection, endpoint_id))
@@ -280,6 +280,7 @@ class Actions:
             else None,
             "dns_ms": outcome.dns_ms,
             "connect_ms": outcome.connect_ms,
+            "tls_ms": outcome.tls_ms,
             "first_byte_ms": outcome.first_byte_ms,
             "total_ms": outcome.total_ms,
         }  # fmt: skip

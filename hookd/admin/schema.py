@@ -412,6 +412,7 @@ class Exchange(Given):
     answer: Answer | None
     dns_ms: float | None
     connect_ms: float | None
+    tls_ms: float | None
     first_byte_ms: float | None
     total_ms: float
 
@@ -576,6 +577,7 @@ class Attempt(Given):
     total_ms: float | None
     dns_ms: float | None
     connect_ms: float | None
+    tls_ms: float | None
     first_byte_ms: float | None
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 NOTHING = Page([], None, None, None)
 
-PHASES = {"dns": "DNS", "connect": "connect + TLS", "first_byte": "first byte", "rest": "rest"}
+PHASES = {"dns": "DNS", "connect": "connect", "tls": "TLS", "first_byte": "first byte", "rest": "rest"}
 """What the log keeps of where an attempt's time went."""
 
-KINDS = {"dns": "dns", "connect": "connect", "first_byte": "first", "rest": "rest"}
+KINDS = {"dns": "dns", "connect": "connect", "tls": "tls", "first_byte": "first", "rest": "rest"}
 
 
 class History:

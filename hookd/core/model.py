@@ -221,7 +221,9 @@ class Outcome:
     """Wall time when the first byte was written; 0 if none was."""
     dns_ms: float | None = None
     connect_ms: float | None = None
-    """TCP and TLS together; None on a connection that was reused."""
+    """TCP, and the tunnel of an egress proxy; None on a connection that was reused."""
+    tls_ms: float | None = None
+    """The handshake; None without TLS, and on a connection that was reused."""
     first_byte_ms: float | None = None
     """From the written request to the answer's headers."""
     total_ms: float = 0.0

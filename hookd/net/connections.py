@@ -80,6 +80,8 @@ NEXT_ADDRESS = frozenset(
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 
 
+NO_HANDSHAKE = "the TLS handshake failed"
+
 SPOKE_FIRST = "the connection was closed, or spoke, before it was asked"
 
 
@@ -259,32 +261,39 @@ class Connections:
             connection.close()
 
         try:
-            failure = await self._begun_well(handler, target)
+            begun = await self._begun_well(handler, target)
         except BaseException:
             let_go()
             raise
-        if failure is not None:
+        if isinstance(begun, ConnectFailure):
             let_go()
-            return failure
-        return self._line(handler.transport, target, let_go)
+            return begun
+        return self._line(handler.transport, target, let_go, begun)
 
-    async def _begun_well(self, handler: ResponseHandler, target: Target) -> ConnectFailure | None:
-        """Look at the peer of a new connection, and speak TLS with it where that is wanted; None: all is well."""
+    async def _begun_well(self, handler: ResponseHandler, target: Target) -> ConnectFailure | float | None:
+        """
+        Look at the peer of a new connection, and speak TLS with it where that is wanted.
+
+        Returns how many milliseconds TLS took; None without it.
+        """
         assert handler.transport is not None
         peer = handler.transport.get_extra_info("peername")
         if peer is None or not classify(peer[0], self._rules()).allowed:
             return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
+        took = None
         if target.scheme == "https":
+            begun = self._mono()
             try:
                 handler.transport = await asyncio.get_running_loop().start_tls(
                     handler.transport, handler, self._context, server_hostname=target.host
                 )
             except (OSError, ValueError) as error:
-                return connect_failure(error)
+                return connect_failure(error) or ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
+            took = (self._mono() - begun) * 1000
         if handler.transport is None or handler.should_close:
             # what it said before the line took over is in aiohttp's hands
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
-        return None
+        return took
 
     async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
         resolution = await self._resolver.resolve(target.host)
@@ -295,21 +304,23 @@ class Connections:
             if not isinstance(self._resolver, ByProxy) and not classify(address, self._rules()).allowed:
                 return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
             try:
-                transport = await open_tunnel(proxy, target, address, self._context)
+                transport, tls_ms = await open_tunnel(proxy, target, address, self._context, self._mono)
             except NoTunnel as error:
                 failure = error.failure
             except (OSError, ValueError) as error:
                 failure = connect_failure(error) or failure
                 if failure.kind is not OutcomeKind.TLS_FAILED:
                     # after the tunnel stood, all that is between the target and us is TLS
-                    failure = ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
+                    failure = ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
             else:
-                return self._line(transport, target, transport.abort)
+                return self._line(transport, target, transport.abort, tls_ms)
             if failure.kind not in NEXT_ADDRESS:
                 break
         return failure
 
-    def _line(self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None]) -> Line:
+    def _line(
+        self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None], tls_ms: float | None
+    ) -> Line:
         self.opened += 1
         counted = True
 
@@ -321,8 +332,8 @@ class Connections:
             let_go()
 
         return Line(
-            transport, target.origin, let_go=ended, mono=self._mono, talking=self.talking, keep=self.keep
-        )
+            transport, target.origin, let_go=ended, mono=self._mono, talking=self.talking, keep=self.keep, tls_ms=tls_ms
+        )  # fmt: skip
 
     def _drop_one(self) -> bool:
         """Drop a connection that is idle; False if none is."""
@@ -383,7 +394,7 @@ def connect_failure(error: Exception) -> ConnectFailure | None:
         case ssl.SSLCertVerificationError():
             return ConnectFailure(OutcomeKind.TLS_FAILED, certificate_reason(error))
         case ssl.SSLError():
-            return ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed")
+            return ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
         case aiohttp.ClientConnectorError():
             return _system_failure(error.os_error)
         case OSError():

@@ -235,7 +235,8 @@ class Attempt:
             raise _NotAsked(OutcomeKind.CONNECT_TIMEOUT, "the connection timed out") from None
         if isinstance(line, ConnectFailure):
             raise _NotAsked(line.kind, line.reason)
-        outcome.connect_ms = (exchange.mono() - begun) * 1000 - outcome.dns_ms
+        outcome.tls_ms = line.tls_ms
+        outcome.connect_ms = (exchange.mono() - begun) * 1000 - outcome.dns_ms - (line.tls_ms or 0.0)
         return line
 
     def _ask(self, line: Line, *, reused: bool) -> None:
@@ -249,7 +250,7 @@ class Attempt:
         outcome.total_ms = (self._exchange.mono() - self._begun) * 1000
         if outcome.kind is OutcomeKind.BLOCKED:
             # how long it took says whether a name is known inside, and what is in the cache
-            outcome.dns_ms = outcome.connect_ms = None
+            outcome.dns_ms = outcome.connect_ms = outcome.tls_ms = None
             outcome.total_ms = 0.0
         self._done(outcome)
 

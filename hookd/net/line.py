@@ -114,6 +114,7 @@ class Line(asyncio.Protocol):
         "_written_mono",
         "idle_since",
         "origin",
+        "tls_ms",
     )
 
     def __init__(
@@ -125,11 +126,13 @@ class Line(asyncio.Protocol):
         mono: Callable[[], float],
         talking: set[Line],
         keep: Callable[[Line], None],
+        tls_ms: float | None = None,
     ) -> None:
         """
         Take over a connection that was just opened.
 
-        ``let_go`` ends it, for whoever opened it; ``talking`` holds the lines that are being asked; ``keep`` takes a line that may be asked again.
+        ``let_go`` ends it, for whoever opened it; ``talking`` holds the lines that are being asked; ``keep`` takes a line that may be asked again;
+        ``tls_ms`` is what the handshake took.
         """
         self._let_go = let_go
         self._transport = transport
@@ -148,6 +151,7 @@ class Line(asyncio.Protocol):
         self._written_mono = 0.0
         self.origin = origin
         self.idle_since = 0.0
+        self.tls_ms = tls_ms
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLPRI)
         transport.set_protocol(self)

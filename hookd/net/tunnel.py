@@ -91,12 +91,12 @@ class _Handshake(asyncio.Protocol):
 
 
 async def open_tunnel(
-    proxy: Proxy, target: Target, address: str, context: ssl.SSLContext
-) -> asyncio.Transport:
+    proxy: Proxy, target: Target, address: str, context: ssl.SSLContext, mono: Callable[[], float]
+) -> tuple[asyncio.Transport, float | None]:
     """
     Connect to the proxy, have it connect to ``address``, and for https speak TLS with the target through it.
 
-    The caller sets the deadline.
+    The caller sets the deadline.  Returns, beside the connection, how many milliseconds TLS with the target took.
 
     Raises:
         NoTunnel: and why.
@@ -111,7 +111,8 @@ async def open_tunnel(
     except (OSError, TimeoutError):
         raise NoTunnel(ConnectFailure(OutcomeKind.OURS, UNREACHABLE)) from None
     try:
-        return await _through(transport, handshake, proxy, target, address, context)
+        await _through(transport, handshake, proxy, target, address)
+        return await _secured(transport, handshake, target, context, mono)
     except BaseException:
         transport.abort()
         raise
@@ -123,8 +124,7 @@ async def _through(
     proxy: Proxy,
     target: Target,
     address: str,
-    context: ssl.SSLContext,
-) -> asyncio.Transport:
+) -> None:
     if proxy.scheme == "socks5":
         await _by_socks(transport, handshake, proxy, target, address)
     else:
@@ -132,13 +132,23 @@ async def _through(
     if handshake.said:
         # before TLS this would be somebody in between, without TLS an answer to nothing
         raise NoTunnel(ConnectFailure(OutcomeKind.MALFORMED, "the connection spoke before it was asked"))
+
+
+async def _secured(
+    transport: asyncio.Transport,
+    handshake: _Handshake,
+    target: Target,
+    context: ssl.SSLContext,
+    mono: Callable[[], float],
+) -> tuple[asyncio.Transport, float | None]:
     if target.scheme != "https":
-        return transport
+        return transport, None
+    begun = mono()
     loop = asyncio.get_running_loop()
     secured = await loop.start_tls(transport, handshake, context, server_hostname=target.host)
     if secured is None:
         raise NoTunnel(ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed"))
-    return secured
+    return secured, (mono() - begun) * 1000
 
 
 async def _by_connect(

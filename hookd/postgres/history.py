@@ -49,7 +49,7 @@ select s.event_id, s.endpoint_id, s.delivery_id, s.state, s.attempts, s.reason, 
 ATTEMPTS = """
 select a.at, a.delivery_id, a.event_id, e.id as endpoint_id, e.tenant, coalesce(a.url, e.url) as url, a.attempt,
        a.status, a.verdict, a.outcome, a.reason, a.retry_at, a.sent, a.resent, a.reused, a.replay,
-       a.total_ms, a.dns_ms, a.connect_ms, a.first_byte_ms, a.answer_headers, a.answer_body, a.answer_truncated
+       a.total_ms, a.dns_ms, a.connect_ms, a.tls_ms, a.first_byte_ms, a.answer_headers, a.answer_body, a.answer_truncated
   from hookd.attempt a
   left join hookd.endpoint e on e.key = a.endpoint
  where ($1::uuid is null or a.event_id = $1)

@@ -138,7 +138,8 @@ update hookd.delivery d
 
 ATTEMPT_COLUMNS = (
     "at", "delivery_id", "event_id", "endpoint", "attempt", "status", "replay", "sent", "resent", "reused",
-    "verdict", "outcome", "reason", "retry_at", "total_ms", "dns_ms", "connect_ms", "first_byte_ms", "url",
+    "verdict", "outcome", "reason", "retry_at", "total_ms", "dns_ms", "connect_ms", "tls_ms",
+    "first_byte_ms", "url",
     "answer_headers", "answer_body", "answer_truncated",
 )  # fmt: skip
 
@@ -400,14 +401,14 @@ def attempt_record(result: Result, due_at: float | None) -> tuple[Any, ...]:
         return (
             result.written_wall, delivery.id, delivery.event.id, result.endpoint_key, 0, None,
             delivery.replay, False, False, False, verdict.kind.value, None, verdict.reason or None, None,
-            None, None, None, None, None, None, None, False,
+            None, None, None, None, None, None, None, None, False,
         )  # fmt: skip
     return (
         outcome.started_at, delivery.id, delivery.event.id, result.endpoint_key, delivery.attempt + 1,
         outcome.status or None, delivery.replay, outcome.sent, outcome.resent, outcome.reused,
         verdict.kind.value, outcome.kind.value, verdict.reason or outcome.reason or None,
         due_at,
-        outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.url or None,
+        outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.tls_ms, outcome.first_byte_ms, outcome.url or None,
         outcome.headers or None, outcome.body or None, outcome.body_truncated,
     )  # fmt: skip
 

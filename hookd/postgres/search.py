@@ -187,7 +187,7 @@ select (select d.event_id from hookd.delivery d where $1::uuid is null or d.even
 
 ATTEMPTS = ordered("""
 select a.at, a.delivery_id, a.event_id, a.endpoint as endpoint_key, a.attempt, a.status, a.verdict, a.outcome, a.reason,
-       a.retry_at, a.sent, a.resent, a.reused, a.replay, a.total_ms, a.dns_ms, a.connect_ms, a.first_byte_ms, a.url
+       a.retry_at, a.sent, a.resent, a.reused, a.replay, a.total_ms, a.dns_ms, a.connect_ms, a.tls_ms, a.first_byte_ms, a.url
   from hookd.attempt a
  where (a.at, a.delivery_id, a.attempt) {beyond} ($1::timestamptz, $2::bigint, $3::integer)
    and a.at {within} $4::timestamptz
@@ -313,7 +313,7 @@ async def attempts(
     Attempts, newest first, by all of ``Filter`` but replayed; ``states`` are ``VERDICTS``.
 
     Rows: at, delivery_id, event_id, endpoint_id, url, tenant, type, attempt, status, verdict, outcome, reason, retry_at, sent,
-    resent, reused, replay, total_ms, dns_ms, connect_ms, first_byte_ms.  One numbered 0 is an ending without an exchange.
+    resent, reused, replay, total_ms, dns_ms, connect_ms, tls_ms, first_byte_ms.  One numbered 0 is an ending without an exchange.
 
     Raises:
         BadFilter, BadCursor, TooMuch: as they say.

@@ -53,7 +53,7 @@ select pg_current_snapshot()::text as snapshot, clock_timestamp() as at,
 ROWS = """
 select a.at, a.delivery_id, a.event_id, e.id as endpoint_id, coalesce(v.tenant, e.tenant) as tenant, v.type,
        coalesce(a.url, e.url) as url, a.attempt, a.status, a.verdict, a.outcome, a.reason, a.retry_at, a.sent, a.resent,
-       a.reused, a.replay, a.total_ms, a.dns_ms, a.connect_ms, a.first_byte_ms, a.answer_headers, a.answer_body,
+       a.reused, a.replay, a.total_ms, a.dns_ms, a.connect_ms, a.tls_ms, a.first_byte_ms, a.answer_headers, a.answer_body,
        a.answer_truncated
 """
 

@@ -61,7 +61,7 @@ select d.id as delivery_id, d.endpoint, d.attempt, d.due_at, d.replay
 
 ATTEMPTS = """
 select a.at, a.endpoint, a.attempt, a.status, a.verdict, a.outcome, a.reason, a.retry_at, a.sent, a.resent, a.reused, a.replay,
-       a.total_ms, a.dns_ms, a.connect_ms, a.first_byte_ms, a.url, a.answer_headers, a.answer_body, a.answer_truncated
+       a.total_ms, a.dns_ms, a.connect_ms, a.tls_ms, a.first_byte_ms, a.url, a.answer_headers, a.answer_body, a.answer_truncated
   from hookd.attempt a
  where a.event_id = $1 and a.delivery_id = $2 and a.at >= $3
  order by a.at desc, a.attempt desc
@@ -314,7 +314,7 @@ def in_words(attempt: Mapping[str, Any]) -> str:
 
 def phases(attempt: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
-    Where the time of an attempt went, in order: dns, connect (TCP and TLS; neither on a connection that was open already),
+    Where the time of an attempt went, in order: dns, connect, tls (none of these on a connection that was open already),
     first_byte (from the written request to the answer's headers), rest (waiting for its turn, reading the body).
     """
     total = attempt["total_ms"]
@@ -322,7 +322,7 @@ def phases(attempt: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     known = [
         {"name": name, "ms": round(attempt[f"{name}_ms"], 3)}
-        for name in ("dns", "connect", "first_byte")
+        for name in ("dns", "connect", "tls", "first_byte")
         if attempt[f"{name}_ms"] is not None
     ]
     rest = total - sum(p["ms"] for p in known)
@@ -441,6 +441,7 @@ def _told(row: Mapping[str, Any], maker: _Maker | None) -> dict[str, Any]:
         "endpoint",
         "dns_ms",
         "connect_ms",
+        "tls_ms",
         "first_byte_ms",
         "replay",
         "answer_headers",

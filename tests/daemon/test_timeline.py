@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import trustme
+
 from tests.daemon.test_api import Client
+from tests.net.test_exchange import server_context
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty
 from tests.receiver import Call, Receiver, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.daemon_process import DaemonProcess
 
@@ -104,6 +108,35 @@ def as_sent(request: dict[str, Any], call: Call) -> None:
     assert shown == sent
     assert request["body"].encode() == call.body
     assert request["line"] == f"{call.method} {call.path} {call.version}"
+
+
+def test_the_handshake_is_told_apart_from_the_connection(
+    dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    daemon = start_daemon(HOOKD_NETWORK__CA_FILE=str(tmp_path / "ca.pem"))
+    api = Client(daemon.admin)
+
+    async def go() -> None:
+        async with Receiver(context=server_context(authority, "localhost")) as receiver:
+            await add_endpoint_with_id(dsn, receiver.url)
+            for _ in range(2):
+                event = await send(dsn, "thing.made", PAYLOAD)
+                await wait_empty(dsn)
+            rows = await fetch(dsn, "select tls_ms, connect_ms, total_ms from hookd.attempt order by at")
+            first, second = rows
+            assert 0 < first["tls_ms"] < first["total_ms"]
+            assert (second["tls_ms"], second["connect_ms"]) == (None, None), "on the connection that was open"
+            _, listed = await asyncio.to_thread(api, "GET", "/attempts")
+            (made,) = [a for a in listed["data"] if a["tls_ms"] is not None]
+            assert made["event_id"] != event
+            path = f"/deliveries/{made['delivery_id']}?event={made['event_id']}"
+            _, shown = await asyncio.to_thread(api, "GET", path)
+            phases = [p["name"] for p in shown["attempts"][0]["phases"]]
+            assert phases == ["dns", "connect", "tls", "first_byte", "rest"]
+
+    asyncio.run(go())
 
 
 def test_who_does_what_is_written_down(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:

@@ -365,12 +365,8 @@ def test_a_blocked_attempt_has_no_times() -> None:
         async with exchange(AddressRules()) as http:
             outcome = await http.send(request("http://127.0.0.1:8000/"))
         assert outcome.kind is OutcomeKind.BLOCKED
-        assert (outcome.dns_ms, outcome.connect_ms, outcome.first_byte_ms, outcome.total_ms) == (
-            None,
-            None,
-            None,
-            0,
-        )
+        times = outcome.dns_ms, outcome.connect_ms, outcome.tls_ms, outcome.first_byte_ms, outcome.total_ms
+        assert times == (None, None, None, None, 0)
 
     asyncio.run(go())
 
@@ -436,6 +432,9 @@ def test_tls(authority: trustme.CA) -> None:
         ):
             outcomes = [await http.send(request(receiver.url)) for _ in range(3)]
             assert [(o.status, o.reused) for o in outcomes] == [(200, False), (200, True), (200, True)]
+            assert [o.tls_ms is None for o in outcomes] == [False, True, True]
+            assert outcomes[0].tls_ms is not None
+            assert 0 < outcomes[0].tls_ms < outcomes[0].total_ms
 
     asyncio.run(go())
 

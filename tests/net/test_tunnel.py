@@ -183,6 +183,7 @@ def test_deliveries_go_through_the_proxy(
             url = f"{to}://localhost:{receiver.port}/hook"
             outcomes = [await http.send(request(url, b"x" * 100_000)) for _ in range(3)]
             assert [(o.status, o.reused) for o in outcomes] == [(200, False), (200, True), (200, True)]
+            assert [o.tls_ms is not None for o in outcomes] == [to == "https", False, False]
             assert [len(c.body) for c in receiver.calls] == [100_000] * 3
             assert server.asked == [f"127.0.0.1:{receiver.port}"], "a vetted address, not a name"
             assert BASIC in server.heads[0] or server.heads[0] == "user:p:w"
