@@ -295,7 +295,7 @@ class Actions:
 
     async def resend(self, actor: Actor, event_id: UUID, delivery_id: int | None = None) -> int:
         """
-        One event to all its endpoints again, or one delivery to its own; returns how many were queued.
+        One event to all its endpoints again that are not disabled, or one delivery to its own; returns how many were queued.
 
         Each is a new delivery with the same webhook-id, whose attempts count from 1; what is pending is left alone.
         """
@@ -312,7 +312,12 @@ class Actions:
                 selection["endpoint"] = endpoint["id"]
             elif await timeline.event_tenant(connection, event_id) is None:
                 raise Refused(404, "not_found", f"there is no event {event_id}")
-            pairs = [one.pair for one in await history.replayable(connection, selection)]
+            found = await history.replayable(connection, selection)
+            pairs = [one.pair for one in found if not one.would_end]
+            if found and not pairs:
+                raise Refused(
+                    409, "endpoint", "its endpoints are disabled: they would get nothing; resume one first"
+                )
             queued = await self._queued(
                 connection, actor, "resend", selection, pairs, delivery_id=delivery_id
             )
@@ -329,6 +334,8 @@ class Actions:
         facts = selection.facts()
         queued = 0
         async with self._session() as connection:
+            if selection.endpoint is not None:
+                await self._found(connection, selection.endpoint)
             found = await history.replayable(connection, facts)
             pairs = [one.pair for one in found if not one.would_end]
             if pairs and not dry_run:

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 
@@ -128,6 +129,21 @@ def test_replay_by_type_at_a_rate_and_of_what_was_never_owed(dsn: str, api: Clie
                 api, "POST", "/replay", {"endpoint": one["id"], "states": ["delivered"]}
             )
             assert disabled[1] == {"matching": 0, "queued": 0, "of_disabled_endpoints": 4}
+            # one of its two endpoints is disabled, then both
+            event = first.calls[0].headers["webhook-id"]
+            status, done = await asyncio.to_thread(api, "POST", f"/events/{event}/resend")
+            assert (status, done["queued"]) == (202, 1)
+            await wait_empty(dsn)
+            assert len(late.calls) == 3
+            await asyncio.to_thread(run_sql, dsn, "update hookd.endpoint set state = 'disabled'")
+            status, done = await asyncio.to_thread(api, "POST", f"/events/{event}/resend")
+            assert status == 409
+            assert "resume one first" in done["detail"]
+            for missing in (True, False):
+                unknown = {"endpoint": str(UUID(int=7)), "missing": missing}
+                status, done = await asyncio.to_thread(api, "POST", "/replay", unknown)
+                assert status == 404
+                assert "there is no endpoint" in done["detail"]
 
     asyncio.run(go())
 
