@@ -471,13 +471,17 @@ class Database:
     # Settling.
 
     def _settled_rows(self, session: Session, args: Sequence[Any]) -> list[tuple[int, Delivery]]:
-        found = []
+        found: list[tuple[int, Delivery]] = []
+        assert session.tx is not None
+        seen = {row.id for row, _ in session.tx.settled}
         for n, (event_id, id_, attempt) in enumerate(zip(args[0], args[1], args[2], strict=True)):
             row = self.deliveries.get(id_)
-            if row is None or row.event_id != event_id or row.attempt != attempt:
+            # a row that a transaction has changed is not changed again by what names it as it was
+            if row is None or row.event_id != event_id or row.attempt != attempt or id_ in seen:
                 continue
             if row.lock is not None and row.lock is not session.tx:
                 raise Blocked(row.lock)
+            seen.add(id_)
             found.append((n, row))
         return found
 
