@@ -6,7 +6,6 @@ Every request passes ``access`` first, and every answer leaves with its headers.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from typing import TYPE_CHECKING
 
@@ -74,7 +73,6 @@ class AdminServer:
         self.actions = Actions(self._pool, daemon)
         self._telemetry = Telemetry(daemon)
         self._runner: web.AppRunner | None = None
-        self._warming: asyncio.Task[None] | None = None
         self._token = read_token(daemon.config.admin.token_file)
         self._sessions = Sessions(daemon.wall)
         self._access = Access("", self._token, self._sessions)
@@ -108,25 +106,17 @@ class AdminServer:
             )
             log.warning("admin server is off for this process", listen=config.admin.listen, reason=reason)
             return None
-        self._warming = asyncio.create_task(self._warm())
         bound = self._runner.addresses[0][1]
         self._sessions.cookie = f"hookd_{bound}"
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def stop(self) -> None:
         """Listen no more."""
-        if self._warming is not None:
-            self._warming.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
             self._pool.terminate()
             self.reading.close()
-
-    async def _warm(self) -> None:
-        """Not before deliveries go out: nothing of it may delay a start."""
-        await self._daemon.ready.wait()
-        await self._console.warm()
 
     def _add_api(self, router: web.UrlDispatcher) -> None:
         api, described = Api(self.reading, self.actions, self._daemon), operations(Api)
@@ -141,6 +131,9 @@ class AdminServer:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        page = is_page(request.path)
+        if page:
+            await self._console.warm()
         refusal = self._access.refusal(
             request.method,
             request.path,
@@ -150,7 +143,7 @@ class AdminServer:
         )
         if refusal is None:
             return await handler(request)
-        if is_page(request.path):
+        if page:
             answer = self._console.refused(request, refusal)
         else:
             answer = problem(refusal.status, refusal.code, refusal.message)

@@ -47,6 +47,7 @@ class Console:
     ) -> None:
         self._site = Site(daemon, reading, sessions, wall)
         self._actions = actions
+        self._compiling: asyncio.Future[None] | None = None
 
     def add_to(self, router: web.UrlDispatcher, access: Access) -> None:
         """Add all routes."""
@@ -57,8 +58,10 @@ class Console:
             part(self._site).add_to(router)
 
     async def warm(self) -> None:
-        """Do ahead, beside the event loop, what the first pages would do on it."""
-        await asyncio.to_thread(self._site.compile)
+        """Make code of the templates when the first page is asked for, beside the event loop."""
+        if self._compiling is None:
+            self._compiling = asyncio.ensure_future(asyncio.to_thread(self._site.compile))
+        await asyncio.shield(self._compiling)
 
     def refused(self, request: web.Request, refusal: Refusal) -> web.Response:
         """For who may not ask."""

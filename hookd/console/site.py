@@ -84,7 +84,8 @@ class Site:
         """
         Make code of all templates, once a process: 0.2 s of CPU and 2 MB, to be spent in a thread.
 
-        At the first page it would be done on the event loop, which stood still for 60 ms then.
+        On the event loop the first page held everything up for 60 ms.  (Spent at the start, for whoever never opens a page too, it
+        cost 6 µs of each of the first 40,000 deliveries.)
         """
         for name in self._environment.list_templates():
             self._environment.get_template(name)
