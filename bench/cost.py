@@ -11,8 +11,9 @@ a commit, with no daemon; then the daemon delivers them all, its start included.
 - WAL comes from ``pg_walinspect``, which tells records and images of full pages apart: a page's first change after a
   checkpoint writes the whole page, so these depend on how often there is a checkpoint, not on the delivery.  Both are
   printed; the goal is for the records, from INSERT to settled.
-- Dead rows and updates are those of the tables of schema ``hookd``, but for two that have nothing to do with deliveries:
-  the settings, written when a daemon starts, and the summary that it publishes every second in an unlogged table.
+- Dead rows and updates are those of the tables of schema ``hookd``, but for four that are written by the clock and not
+  by the delivery: the settings (when a daemon starts), the summary that it publishes every second in an unlogged table, and
+  the counts for the console (every ten seconds, and by the minute).
 - Disk is what the tables and their indexes have grown by: the event and the log stay until retention drops their day.
 
 Goals: statements <= 0.02, commits <= 0.01, WAL <= 1,000 bytes of records (inserted 100 a commit), no updates.
@@ -53,8 +54,8 @@ select 'bench.made', '{"n": "' || lpad(n::text, 7, '0') || '", "fill": "' || rep
 LOOK = """
 select (select coalesce(sum(calls), 0) from pg_stat_statements(false) where dbid = d.oid) as statements,
        s.xact_commit as commits, pg_current_wal_insert_lsn()::text as lsn,
-       (select sum(n_tup_upd) from pg_stat_user_tables where schemaname = 'hookd' and relname not in ('node', 'setting')) as updates,
-       (select sum(n_tup_del) from pg_stat_user_tables where schemaname = 'hookd' and relname not in ('node', 'setting')) as dead,
+       (select sum(n_tup_upd) from pg_stat_user_tables where schemaname = 'hookd' and relname not in ('node', 'setting', 'tally', 'endpoint_hour')) as updates,
+       (select sum(n_tup_del) from pg_stat_user_tables where schemaname = 'hookd' and relname not in ('node', 'setting', 'tally', 'endpoint_hour')) as dead,
        (select json_object_agg(t.name, t.bytes) from (
           select regexp_replace(relname, '_?[0-9].*$', '') as name, sum(pg_total_relation_size(relid)) as bytes
             from pg_stat_user_tables where schemaname = 'hookd' group by 1) t)::text as disk
