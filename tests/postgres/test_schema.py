@@ -104,6 +104,7 @@ RELEASED = {
     6: "a96bd43b642ca5c6e2306d80e690e71ea9c54bd2a7d2306b22b74972ee6f4dfb",
     7: "8a4cdcf17a72fdb8da310fdb0fd7f84adf26030cdac7efd6ebfd90777b6849b5",
     8: "8bfecd86700818ae83b424c1f68a996e5b8511596b2c7ce11c566013f7b3e6ab",
+    9: "cc72f8e5cdd589d7d0fcfa07c82a4fb8f7199bc7916df1d6b01bf66ace3c4592",
 }
 """Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
 
