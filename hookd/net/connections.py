@@ -280,20 +280,30 @@ class Connections:
         peer = handler.transport.get_extra_info("peername")
         if peer is None or not classify(peer[0], self._rules()).allowed:
             return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
-        took = None
-        if target.scheme == "https":
-            begun = self._mono()
-            try:
-                handler.transport = await asyncio.get_running_loop().start_tls(
-                    handler.transport, handler, self._context, server_hostname=target.host
-                )
-            except (OSError, ValueError) as error:
-                return connect_failure(error) or ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
-            took = (self._mono() - begun) * 1000
+        try:
+            handler.transport, took = await self._secured(handler.transport, handler, target)
+        except (OSError, ValueError) as error:
+            return connect_failure(error) or ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
         if handler.transport is None or handler.should_close:
             # what it said before the line took over is in aiohttp's hands
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
         return took
+
+    async def _secured(
+        self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, target: Target
+    ) -> tuple[asyncio.Transport | None, float | None]:
+        """
+        Speak TLS where the target wants it; also returns how many milliseconds that took, None without it.
+
+        Raises:
+            OSError, ValueError: it failed.
+        """
+        if target.scheme != "https":
+            return transport, None
+        begun = self._mono()
+        loop = asyncio.get_running_loop()
+        secured = await loop.start_tls(transport, protocol, self._context, server_hostname=target.host)
+        return secured, (self._mono() - begun) * 1000
 
     async def _open_by(self, proxy: Proxy, target: Target) -> Line | ConnectFailure:
         resolution = await self._resolver.resolve(target.host)
@@ -304,7 +314,7 @@ class Connections:
             if not isinstance(self._resolver, ByProxy) and not classify(address, self._rules()).allowed:
                 return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
             try:
-                transport, tls_ms = await open_tunnel(proxy, target, address, self._context, self._mono)
+                transport, tls_ms = await self._through(proxy, target, address)
             except NoTunnel as error:
                 failure = error.failure
             except (OSError, ValueError) as error:
@@ -317,6 +327,20 @@ class Connections:
             if failure.kind not in NEXT_ADDRESS:
                 break
         return failure
+
+    async def _through(
+        self, proxy: Proxy, target: Target, address: str
+    ) -> tuple[asyncio.Transport, float | None]:
+        plain, handshake = await open_tunnel(proxy, target, address, self._context)
+        try:
+            transport, tls_ms = await self._secured(plain, handshake, target)
+        except BaseException:
+            plain.abort()
+            raise
+        if transport is None:
+            plain.abort()
+            raise NoTunnel(ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE))
+        return transport, tls_ms
 
     def _line(
         self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None], tls_ms: float | None

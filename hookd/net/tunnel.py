@@ -91,16 +91,15 @@ class _Handshake(asyncio.Protocol):
 
 
 async def open_tunnel(
-    proxy: Proxy, target: Target, address: str, context: ssl.SSLContext, mono: Callable[[], float]
-) -> tuple[asyncio.Transport, float | None]:
+    proxy: Proxy, target: Target, address: str, context: ssl.SSLContext
+) -> tuple[asyncio.Transport, asyncio.Protocol]:
     """
-    Connect to the proxy, have it connect to ``address``, and for https speak TLS with the target through it.
+    Connect to the proxy and have it connect to ``address``; TLS with the target, which is the caller's, has not begun.
 
-    The caller sets the deadline.  Returns, beside the connection, how many milliseconds TLS with the target took.
+    The caller sets the deadline.  ``context`` is for a proxy that is spoken to over TLS.
 
     Raises:
         NoTunnel: and why.
-        ssl.SSLError, OSError: TLS with the target failed.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -112,10 +111,10 @@ async def open_tunnel(
         raise NoTunnel(ConnectFailure(OutcomeKind.OURS, UNREACHABLE)) from None
     try:
         await _through(transport, handshake, proxy, target, address)
-        return await _secured(transport, handshake, target, context, mono)
     except BaseException:
         transport.abort()
         raise
+    return transport, handshake
 
 
 async def _through(
@@ -132,23 +131,6 @@ async def _through(
     if handshake.said:
         # before TLS this would be somebody in between, without TLS an answer to nothing
         raise NoTunnel(ConnectFailure(OutcomeKind.MALFORMED, "the connection spoke before it was asked"))
-
-
-async def _secured(
-    transport: asyncio.Transport,
-    handshake: _Handshake,
-    target: Target,
-    context: ssl.SSLContext,
-    mono: Callable[[], float],
-) -> tuple[asyncio.Transport, float | None]:
-    if target.scheme != "https":
-        return transport, None
-    begun = mono()
-    loop = asyncio.get_running_loop()
-    secured = await loop.start_tls(transport, handshake, context, server_hostname=target.host)
-    if secured is None:
-        raise NoTunnel(ConnectFailure(OutcomeKind.TLS_FAILED, "the TLS handshake failed"))
-    return secured, (mono() - begun) * 1000
 
 
 async def _by_connect(

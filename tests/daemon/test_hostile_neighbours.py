@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon.test_isolation import MANY
 from tests.net import hostile
 from tests.producing import add_endpoint_with_id, fetch, wait_for_row
 from tests.receiver import Receiver
@@ -34,22 +33,11 @@ select count(*) as made, count(*) filter (where a.verdict = 'delivered') as deli
   from hookd.attempt a join hookd.endpoint e on e.key = a.endpoint where e.tenant = $1
 """
 
-MANY = """
-insert into hookd.event (type, payload, tenant) select 'thing.made', '{}', $2 from generate_series(1, $1::integer)
-"""
-
 
 @pytest.fixture
 def ports() -> Iterator[tuple[int, int]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.net.hostile"],
-        cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    plain, tls = map(int, process.stdout.readline().split())
-    yield plain, tls
-    process.kill()
-    process.communicate()
+    with hostile.started() as ports:
+        yield ports
 
 
 def most_memory(pid: int) -> int | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -180,6 +182,22 @@ async def _main() -> None:
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     plain.close()
     tls.close()
+
+
+@contextlib.contextmanager
+def started() -> Iterator[tuple[int, int]]:
+    """Them in a process of their own: the HTTP and the TLS port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.net.hostile"],
+        cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    plain, tls = map(int, process.stdout.readline().split())
+    try:
+        yield plain, tls
+    finally:
+        process.kill()
+        process.communicate()
 
 
 if __name__ == "__main__":

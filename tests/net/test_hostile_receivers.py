@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,18 +33,8 @@ STATUS = Path("/proc/self/status")
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[tuple[int, int]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.net.hostile"],
-        cwd=Path(__file__).parent.parent.parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    plain, tls = map(int, process.stdout.readline().split())
-    yield plain, tls
-    process.kill()
-    process.communicate()
+    with hostile.started() as ports:
+        yield ports
 
 
 class Memory:
