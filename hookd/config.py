@@ -157,6 +157,15 @@ class Config(msgspec.Struct, frozen=True):
     retention: RetentionConfig = RetentionConfig()
     log: LogConfig = LogConfig()
 
+    def needs_restart(self, fresh: Config) -> list[str]:
+        """The keys of a newer configuration that differ from this one and apply only to a new process."""
+        return [
+            f"{section}.{key}"
+            for section, keys in AT_START.items()
+            for key in keys
+            if getattr(getattr(fresh, section), key) != getattr(getattr(self, section), key)
+        ]
+
     def retry_policy(self) -> RetryPolicy:
         """The retry schedule as the core knows it."""
         retry, ask_again_after_s = self.retry, self.ask_again_after_s()
@@ -198,8 +207,13 @@ class Config(msgspec.Struct, frozen=True):
 
 SECTIONS: dict[str, type[msgspec.Struct]] = get_type_hints(Config)
 
-RELOADABLE = ("delivery", "retry", "limits", "network", "security", "retention", "log")
-"""Sections that SIGHUP applies; the others need a restart."""
+AT_START = {
+    "database": DatabaseConfig.__struct_fields__,
+    "network": ("proxy", "proxy_resolves", "ca_file", "nameservers", "hosts_file", "search_domains"),
+    "security": ("core_dumps",),
+    "admin": AdminConfig.__struct_fields__,
+}
+"""What is read when the daemon starts, by section; SIGHUP applies the others."""
 
 
 @dataclass(frozen=True, slots=True)

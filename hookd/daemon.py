@@ -16,7 +16,6 @@ import contextlib
 import gc
 import signal
 import socket
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -31,21 +30,22 @@ from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
 from hookd.core.model import BodyFormat, VerdictKind
-from hookd.core.shares import Plan, plan
+from hookd.core.shares import plan
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
 from hookd.keyfile import KeyFileProblem, read_keyring
-from hookd.logs import Outage, Throttle
 from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
 from hookd.net.tunnel import ByProxy
 from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
 from hookd.postgres.maintenance import Maintenance
 from hookd.postgres.owner import BadBatch, OwnerSession
-from hookd.postgres.queue import ECHO, Queue
+from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
+from hookd.reports import Reports
 from hookd.systemd import notify
 from hookd.tally import Counted, Tally
+from hookd.tenure import Tenure
 from hookd.upkeep import Retention, keep_up, look_after, measure, publish
 from hookd.verification import ask, question
 
@@ -62,12 +62,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("hookd")
 
-LOOK_S = 0.15
-"""How often the locks are looked at while there are other daemons: so soon a dead one's shards are found free."""
-
-LOOK_ALONE_S = 0.5
-"""The same for a daemon without others: so soon a new one is noticed."""
-
 OWN_ADDRESSES_EVERY_S = 60.0
 
 RECONNECT_FIRST_S = 0.1
@@ -76,25 +70,11 @@ RECONNECT_MOST_S = 2.0
 STEADY_S = 3.0
 """A session that lasts for so long ends an outage; what is lost again before that is the same one."""
 
-STUCK_READ_S = 5.0
-"""From when a read of the queue is called stuck: the longest, recovering a million rows, takes less than a second."""
-
-STALLED_S = 2.0
-"""From when nothing starting is worth a line, and the daemon is not ready."""
-
-CLOCK_STEP_S = 1.0
-"""From when a step of the wall clock is worth a line; one that is slewed moves less between two looks."""
-
 WRITE_S = 5.0
 """On SIGTERM, for writing the last results, where the grace is over."""
 
 WRITE_AT_ONCE_S = 0.5
 """The same after a second signal."""
-
-ECHO_EVERY_S = 5.0
-
-ECHO_S = 3.0
-"""How long a notification to oneself may take."""
 
 READ_AHEAD = 4
 """Deliveries in memory for each that may be in flight."""
@@ -110,27 +90,6 @@ IDS_SHOWN = 500
 
 GC_THRESHOLDS = (50_000, 20, 50)
 """With 500 exchanges in flight the default thresholds cost a third of all CPU; everything that lives long is frozen."""
-
-
-SAY_AGAIN_S = 60.0
-"""How often a fault that goes on is logged."""
-
-HELD_BACK_S = 900.0
-"""A snapshot that has kept vacuum from its work for so long is logged."""
-
-
-FAULT_S = 5.0
-"""For so long after it was met a fault of ours is shown: what it holds is tried again every second or two."""
-
-
-@dataclass(slots=True)
-class Tenure:
-    """The parts that live as long as one session."""
-
-    owner: OwnerSession
-    queue: Queue
-    feed: Feed
-    maintenance: Maintenance
 
 
 class Daemon:
@@ -154,13 +113,13 @@ class Daemon:
         Raises:
             KeyFileProblem: security.master_key_file cannot be used.
         """
-        self.config = config
+        self.config = self._config_at_start = config
         self.keyring = read_keyring(config.security.master_key_file)
         self._database = database
         self._reload = reload
         self._clock = clock or SystemClock()
         self._dice = dice or SystemDice()
-        self._throttle = Throttle(self._clock.mono)
+        self._reports = Reports(self._clock)
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
         self.tenure: Tenure | None = None
@@ -174,24 +133,14 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._over = False
-        self._outage = Outage(self._clock.mono)
-        self._stall = ""
-        self._stalled_mono = 0.0
-        self._wall_offset = self._clock.wall() - self._clock.mono()
-        self._stall_said = self._deaf = False
         self._thin_key = b""
-        self._faults: dict[str, float] = {}
-        """Those of ours, and when they were met last."""
-        self._said_mono: dict[str, float] = {}
-        """When a fault of ours was last spoken of; the faults are few."""
-        self._unreadable_said: set[str] = set()
         self._telling: asyncio.Task[None] | None = None
         self._noting: set[asyncio.Task[None]] = set()
         self.rules = self._address_rules()
         self._connections_most = connections_most
         self.lanes = Lanes(config.default_limits(), config.host_limits(), max_in_flight=self._at_once())
         self.resolver, self.exchange = self._network()
-        self.recorder = Recorder(self._clock, refused=BadBatch, report=self._unstorable)
+        self.recorder = Recorder(self._clock, refused=BadBatch, report=self._reports.unstorable)
         self.tally = Tally(self.node)
         self.dispatcher = Dispatcher(
             self.lanes,
@@ -206,8 +155,8 @@ class Daemon:
             vouched=self._vouched,
             room=self._room,
             report=self._reported,
-            fault=self._faulty,
-            ours=self._held_back,
+            fault=self._reports.faulty,
+            ours=self._reports.held,
             dropped=self._dropped,
             verified=self._verified,
         )
@@ -353,9 +302,7 @@ class Daemon:
             except* Exception as group:  # noqa: BLE001 - it is said, and the next session begins anew
                 problem, fault = _first(group), group
             self.ready.clear()
-            self._stall = ""
-            self._stall_said = False
-            self._say_lost(problem, fault, refused=refused)
+            self._reports.lost(problem, fault, refused=refused, unwritten=len(self.recorder.unwritten()))
             self.dispatcher.forget_all()
             if self._over:
                 return  # a task group that fails in the moment in which it is cancelled raises the failure alone
@@ -391,18 +338,21 @@ class Daemon:
             await maintenance.set(self._settings())
             self._thin_key = await maintenance.thin_key()
             self.shards_in_all = owner.shards_in_all
-            self.tenure = Tenure(owner, queue, feed, maintenance)
+            tenure = Tenure(owner, queue, feed, maintenance, self.dispatcher, self._clock, self._dice)
+            self.tenure = tenure
             feed.own(owner.shards)
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(feed.run())
                     group.create_task(self.recorder.run(owner, feed))
-                    group.create_task(self._keep_share(owner, feed))
-                    group.create_task(self._vouch(owner))
-                    group.create_task(self._watch(owner.lost, queue.lost))
+                    group.create_task(tenure.keep_share(self._stop.is_set))
+                    group.create_task(tenure.vouch(self._look_around))
+                    group.create_task(tenure.watch())
                     group.create_task(self._announce(owner, feed))
-                    group.create_task(self._listen_to_itself(queue, maintenance))
-                    group.create_task(keep_up(maintenance, self._retention, self._dice, self._partitioned))
+                    group.create_task(tenure.listen_to_itself(self.node, self._reports))
+                    group.create_task(
+                        keep_up(maintenance, self._retention, self._dice, self._reports.partitioned)
+                    )
                     group.create_task(measure(maintenance, self._clock, self._measured))
                     group.create_task(look_after(maintenance, self._retention, self._examined))
                     group.create_task(self.tally.keep(maintenance, self._clock.wall, self._tallied))
@@ -424,66 +374,6 @@ class Daemon:
                 count=dropped,
             )
 
-    async def _keep_share(self, owner: OwnerSession, feed: Feed) -> None:
-        """Divide the shards with the other daemons: leave what is too much, take what is missing."""
-        leaving: set[int] = set()
-        alone = resigned = False
-        while True:
-            pause = LOOK_ALONE_S if alone and not leaving else LOOK_S
-            await asyncio.sleep(pause * (0.9 + 0.2 * self._dice.draw()))
-            if self._stop.is_set():
-                if not resigned:
-                    resigned = True
-                    await owner.resign()
-                todo = Plan(leave=tuple(owner.shards - leaving))
-            else:
-                view = await owner.look()
-                alone = len(view.members) == 1
-                todo = plan(view, owner.shards, leaving, lambda: self._idlest(owner.shards))
-            if todo.leave:
-                feed.leave(todo.leave)
-                leaving.update(todo.leave)
-            if todo.stay:
-                leaving.difference_update(todo.stay)
-                feed.own(todo.stay)
-            idle = {s for s in leaving if feed.has_left(s)}
-            if idle:
-                idle -= self.dispatcher.busy_shards().keys()
-            if idle:
-                leaving -= idle
-                await owner.release(idle)
-                log.info("shards handed over", count=len(idle), owned=len(owner.shards))
-            if todo.take:
-                gained = await owner.acquire(todo.take)
-                if gained:
-                    log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
-                    feed.own(gained)
-
-    def _idlest(self, shards: set[int]) -> list[int]:
-        busy = self.dispatcher.busy_shards()
-        return sorted(shards, key=lambda shard: (busy[shard], shard))
-
-    async def _vouch(self, owner: OwnerSession) -> None:
-        while True:
-            await asyncio.sleep(LOOK_S)
-            await owner.probe()
-            self._look_for_stalls()
-            self._look_at_the_clock()
-            self._say_unreadable()
-            held_back = self._throttle.taken()
-            if held_back:
-                log.info("more failed attempts, not listed", count=held_back)
-
-    @staticmethod
-    async def _watch(*lost: asyncio.Event) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in lost]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        raise DatabaseUnavailable("the connection was closed by the server")
-
     async def _announce(self, owner: OwnerSession, feed: Feed) -> None:
         if not owner.shards:
             log.info("standing by: others own all shards")
@@ -491,41 +381,9 @@ class Daemon:
             await feed.recovered.wait()
         self.ready.set()
         notify("STATUS=delivering")
-        if self._outage.problem:
+        if self._reports.away:
             await asyncio.sleep(STEADY_S)
-            log.info("database is back", shards=len(owner.shards), **self._outage.over())
-
-    async def _listen_to_itself(self, queue: Queue, maintenance: Maintenance) -> None:
-        """
-        Notify itself now and then: a session that listens and hears nothing looks as one that has nothing to hear.
-
-        What such a session costs is the second until the next read.  A new one is tried, once.
-        """
-        number = 0
-        while True:
-            number += 1
-            if await self._hears(queue, maintenance, f"{self.node} {number}"):
-                if self._deaf:
-                    self._deaf = False
-                    log.info("notifications arrive again")
-            elif not self._deaf:
-                self._deaf = True
-                log.warning(
-                    "notifications do not arrive: the queue is read once a second, and a new session is tried"
-                )
-                raise DatabaseUnavailable("notifications do not arrive")
-            await asyncio.sleep(ECHO_EVERY_S * (0.9 + 0.2 * self._dice.draw()))
-
-    async def _hears(self, queue: Queue, maintenance: Maintenance, text: str) -> bool:
-        await maintenance.echo(ECHO + text)
-        until = self._clock.mono() + ECHO_S
-        while queue.heard != text:
-            if queue.waited_s() > 1.0:
-                return True  # it cannot hear while a read takes long: not now
-            if self._clock.mono() > until:
-                return False
-            await asyncio.sleep(LOOK_S)
-        return True
+            self._reports.back(len(owner.shards))
 
     # Configuration.
 
@@ -544,8 +402,7 @@ class Daemon:
         self.config = config
         if keyring != self.keyring:
             self.keyring = keyring
-            self._unreadable_said.clear()
-            log.info("master keys changed", keys=[key.id for key in keyring.keys])
+            self._reports.keys_changed([key.id for key in keyring.keys])
             if self.tenure is not None:
                 self.tenure.feed.reread_endpoints()
         if self.tenure is not None:
@@ -560,6 +417,9 @@ class Daemon:
         )
         self.dispatcher.renew(config.retry_policy(), self._at_once())
         log.info("configuration applied")
+        rest = self._config_at_start.needs_restart(config)
+        if rest:
+            log.warning("these keys have changed and need a restart", keys=rest)
 
     async def _tell_settings(self, maintenance: Maintenance) -> None:
         with contextlib.suppress(DatabaseUnavailable):  # the next tenure tells them
@@ -653,8 +513,7 @@ class Daemon:
 
     def faults(self) -> list[str]:
         """Why deliveries are held that no receiver is to blame for, as of the last seconds."""
-        since = self._clock.mono() - FAULT_S
-        return [problem for problem, at in self._faults.items() if at > since]
+        return self._reports.faults()
 
     def lane_states(self) -> dict[str, int]:
         """How many lanes wait for what."""
@@ -711,127 +570,34 @@ class Daemon:
             return "the database is away"
         if not self.ready.is_set():
             return "shards are being recovered"
-        lasts_s = self._clock.mono() - self._stalled_mono
-        return self._stall if self._stall and lasts_s >= STALLED_S else ""
+        return self._reports.stall
 
-    def _stalled(self) -> str:
-        tenure = self.tenure
-        if tenure is None:
-            return ""
-        if tenure.owner.silent_s(self._clock.mono()):
-            return "PostgreSQL does not answer: it hangs, or somebody has locked a table of hookd's"
-        if tenure.queue.waited_s() > STUCK_READ_S:
-            return "the queue cannot be read: PostgreSQL is slow, or somebody has locked a table of hookd's"
-        if self.recorder.backed_up():
-            return "results come faster than PostgreSQL takes them"
-        return ""
-
-    def _look_for_stalls(self) -> None:
-        now = self._clock.mono()
-        stall = self._stalled()
-        if stall and not self._stall:
-            self._stalled_mono = now
-        lasted_s = now - self._stalled_mono
-        self._stall = stall
-        if stall and lasted_s >= STALLED_S and not self._stall_said:
-            self._stall_said = True
-            log.warning("nothing starts until it is over", problem=stall)
-        elif not stall and self._stall_said:
-            self._stall_said = False
-            log.info("deliveries go on", after_s=round(lasted_s, 1))
-
-    def _look_at_the_clock(self) -> None:
-        """Nothing here depends on it but what others read: the times of signatures and attempts."""
-        offset = self._clock.wall() - self._clock.mono()
-        moved = offset - self._wall_offset
-        self._wall_offset = offset
-        if abs(moved) > CLOCK_STEP_S:
-            log.warning("the clock of this machine was set", by_s=round(moved, 1))
-
-    def _say_lost(self, problem: str, fault: BaseException | None, *, refused: bool) -> None:
-        again = self._outage.began(problem, refused=refused)
-        if again is None:
-            return
-        notify(f"STATUS=database lost: {problem}")
-        about: dict[str, Any] = {"problem": problem, "unwritten": len(self.recorder.unwritten())}
-        if fault is not None:
-            log.error("internal error; the session starts over", exc_info=fault, **about)
-        elif refused:
-            log.error("database cannot be used like this; trying again until it can", **about)
-        elif again:
-            log.error("database is still away", **self._outage.lasts(), **about)
-        else:
-            log.error("database lost; trying again until it is back", **about)
-
-    def _say_unreadable(self) -> None:
-        """One line a reason: with one key gone it is the same for all endpoints."""
-        for reason in {*self.unreadable().values()} - self._unreadable_said:
-            self._unreadable_said.add(reason)
-            concerned = [str(i) for i, why in self.unreadable().items() if why == reason]
-            log.error(
-                "secrets of endpoints cannot be read: their deliveries wait",
-                reason=reason,
-                endpoints=len(concerned),
-                endpoint_ids=concerned[:10],
-            )
+    def _look_around(self) -> None:
+        """After each answer of the session: what is to be said that nobody reports."""
+        stall = self.tenure.stalled() if self.tenure is not None else ""
+        if not stall and self.recorder.backed_up():
+            stall = "results come faster than PostgreSQL takes them"
+        self._reports.stalled(stall)
+        self._reports.clock_looked_at()
+        self._reports.unreadable(self.unreadable())
+        self._reports.not_listed()
 
     def _measured(self, depth: dict[str, float]) -> None:
         self.depth = depth
 
     def _examined(self, found: DatabaseHealth | str) -> None:
-        if isinstance(found, str):
-            self.database_health = None
-            if self._due_to_say(found, HELD_BACK_S):
-                log.warning("the health of PostgreSQL cannot be seen", problem=found)
-            return
-        self.database_health = found
-        for holder in found.holders:
-            if (
-                holder.seconds is not None
-                and holder.seconds > HELD_BACK_S
-                and self._due_to_say(holder.kind, HELD_BACK_S)
-            ):
-                log.warning(
-                    "vacuum is held back",
-                    holder=holder.kind,
-                    who=holder.who,
-                    seconds=round(holder.seconds),
-                    transactions=holder.transactions,
-                )
+        self.database_health = None if isinstance(found, str) else found
+        self._reports.health(found)
 
     def _reported(self, result: Result) -> None:
         self.tally.count(result)
-        kind, verdict = result.verdict.kind, result.verdict
-        ordinary = kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
+        ordinary = result.verdict.kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
         if ordinary and self.config.log.level != "debug" and result.health is None:
             return
-        endpoint = self.dispatcher.served(result.endpoint_key)
-        about: dict[str, Any] = {
-            "delivery_id": result.delivery.id,
-            "event_id": str(result.delivery.event.id),
-            "endpoint_id": str(endpoint.id) if endpoint is not None else None,
-            "host": endpoint.host if endpoint is not None else None,
-            "attempt": result.delivery.attempt + (result.outcome is not None),
-        }
-        if result.health is not None and result.health.parked_at is not None:
-            log.warning(
-                "endpoint parked: one probe now and then until it answers", reason=verdict.reason, **about
-            )
-        elif result.health is not None and kind is VerdictKind.DELIVERED:
-            log.info("endpoint recovered", **about)
-        if kind is VerdictKind.DELIVERED:
-            log.debug("delivered", **about)
-        elif result.delivery.replaced_by is not None:
-            log.debug("replaced", reason=verdict.reason, **about)
-        elif verdict.disable is not None:
-            log.warning("endpoint disabled", reason=verdict.disable, **about)
-        elif self._throttle.allows():
-            if kind is VerdictKind.RETRY:
-                about["retry_in_s"] = round(verdict.delay_s, 1)
-            log.info("attempt failed", verdict=kind.value, reason=verdict.reason, **about)
+        self._reports.attempt(result, self.dispatcher.served(result.endpoint_key))
 
     def _verified(self, endpoint: Endpoint) -> None:
-        log.info("endpoint answered its challenge after failing for long", endpoint_id=str(endpoint.id), host=endpoint.host)  # fmt: skip
+        self._reports.verified(endpoint)
         if self.tenure is not None:
             noting = asyncio.create_task(self._note_verified(self.tenure.maintenance, endpoint))
             self._noting.add(noting)
@@ -841,35 +607,6 @@ class Daemon:
     async def _note_verified(maintenance: Maintenance, endpoint: Endpoint) -> None:
         with contextlib.suppress(DatabaseUnavailable):  # then it is asked once more
             await maintenance.note_verified(endpoint.id, endpoint.url)
-
-    @staticmethod
-    def _faulty(delivery: Delivery, error: Exception) -> None:
-        log.error("internal error in an exchange; it is tried again", delivery_id=delivery.id, exc_info=error)
-
-    def _held_back(self, problem: str) -> None:
-        self._faults[problem] = self._clock.mono()
-        if self._due_to_say(problem, SAY_AGAIN_S):
-            log.warning("deliveries are held, and use up no attempt", problem=problem)
-
-    def _due_to_say(self, what: str, again_s: float) -> bool:
-        """Whether a fault that goes on is to be logged now."""
-        now = self._clock.mono()
-        if now - self._said_mono.get(what, -again_s) < again_s:
-            return False
-        self._said_mono[what] = now
-        return True
-
-    def _unstorable(self, problem: str, result: Result) -> None:
-        log.error(
-            "not stored",
-            problem=problem,
-            delivery_id=result.delivery.id,
-            event_id=str(result.delivery.event.id),
-        )
-
-    @staticmethod
-    def _partitioned(what: str, name: str) -> None:
-        log.info("partition", did=what, name=name)
 
 
 def _first(group: BaseExceptionGroup) -> str:

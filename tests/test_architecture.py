@@ -28,6 +28,8 @@ FLOORS = {
     "hookd.verification": 3,
     "hookd.failpoints": 4,
     "hookd.logs": 4,
+    "hookd.reports": 4,
+    "hookd.tenure": 4,
     "hookd.systemd": 4,
     "hookd.telemetry": 4,
     "hookd.daemon": 4,

@@ -271,6 +271,10 @@ def test_a_reload_applies_what_can_be_and_a_bad_one_changes_nothing(
             await send(dsn, payload='{"a":  1}')
             await wait_empty(dsn)
             assert receiver.calls[0].body == b'{"a":  1}'
+            file.write_text('[delivery]\nformat = "raw"\n[network]\nnameservers = ["127.0.0.9"]\n')
+            daemon.signal(signal.SIGHUP)
+            said = await asyncio.to_thread(daemon.wait_for, "these keys have changed and need a restart")
+            assert said["keys"] == ["network.nameservers"]
             file.write_text('[delivery]\nformat = "rwa"\n')
             daemon.signal(signal.SIGHUP)
             said = await asyncio.to_thread(daemon.wait_for, "configuration not applied")

@@ -9,6 +9,8 @@ import traceback
 from typing import TYPE_CHECKING, Any, cast
 
 import hookd.daemon
+import hookd.reports
+import hookd.tenure
 from hookd.core.addresses import AddressRules
 from hookd.core.lanes import Lanes
 from hookd.daemon import Daemon
@@ -211,9 +213,13 @@ class DaemonLog:
         self._say("error", message, **about)
 
 
+SAYING = (hookd.daemon, hookd.reports, hookd.tenure)
+
+
 def log_to(world: World | None, before: Any = None) -> Any:
     """Let the daemon's log be the world's; returns what it was."""
     vars(hookd.daemon)["OwnerSession"] = SimulatedOwner if world is not None else OwnerSession
     was = hookd.daemon.log
-    hookd.daemon.log = DaemonLog(world) if world is not None else before
+    for module in SAYING:
+        vars(module)["log"] = DaemonLog(world) if world is not None else before
     return was

@@ -358,6 +358,8 @@ class Real(Side):
         await self.sql.execute("select pg_terminate_backend($1)", pid)
         while await self.sql.fetchval("select count(*) from pg_stat_activity where pid = $1", pid):
             await asyncio.sleep(0.002)
+        # the server forgets a session before it closes its socket, and this loop may end in between
+        self.owners[name].terminate()
 
 
 VERDICTS = (
