@@ -47,7 +47,7 @@ def test_a_throttled_endpoint_gets_the_latest_state(
 
     async def go() -> None:
         async with Receiver() as receiver:
-            _, endpoint = await add_endpoint_with_id(dsn, receiver.url, format="raw", rate=0.05)
+            _, endpoint = await add_endpoint_with_id(dsn, receiver.url, format="raw", rate=0.001)
             first = await send(dsn, payload="-1", coalesce_key="price-1")
             await receiver.wait_for_calls(1)
             events = await change_fifty_times(dsn)
