@@ -24,7 +24,7 @@ from hookd.core.model import (
 from hookd.recorder import BATCH_MOST, HIGH_WATER, Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Refused(Exception):
@@ -96,6 +96,33 @@ def test_one_hostile_answer_does_not_undo_the_good_ones() -> None:
     assert {i for i, body in ledger.stored if body == ""} == {137, 138, 400}
     assert len(reports) == 3
     assert len(ledger.batches) < 60, "halved, not tried one by one"
+
+
+def test_what_a_half_has_settled_is_unwritten_no_more() -> None:
+    """Whoever is told that it was settled finds it settled (simulation, seed 35248: it was not forwarded to its new shard)."""
+    made = recorder([])
+    told: list[int] = []
+    gone: list[int] = []
+
+    class Followers:
+        def settled(
+            self, final: Iterable[Delivery], rescheduled: object, *, dropped: Iterable[Delivery]
+        ) -> None:
+            assert not list(rescheduled)  # type: ignore[call-overload]
+            told.extend(d.id for d in final)
+            gone.extend(d.id for d in dropped)
+            assert {d.id for d in made.unwritten()}.isdisjoint(told + gone)
+
+    async def go() -> None:
+        for n in range(40):
+            made.add(result(n, "poison" if n == 12 else "fine", shard=n % 2))
+        async with asyncio.timeout(20):
+            await made.run(Ledger(), Followers(), until_empty=True)
+
+    asyncio.run(go())
+    assert told == [n for n in range(40) if n % 2 == 0]
+    assert sorted(gone) == [n for n in range(40) if n % 2 == 1], "they are another owner's"
+    assert made.dropped == 20
 
 
 def test_what_was_not_committed_stays_for_the_next_session() -> None:
