@@ -10,6 +10,7 @@ import ipaddress
 import random
 import socket
 import ssl
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from uuid import UUID
 import aiohttp
 import pytest
 import trustme
+import uvloop
 
 from hookd.core.addresses import AddressRules
 from hookd.core.composer import Composer, Wire
@@ -422,6 +424,102 @@ def client_context(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context()
     authority.configure_trust(context)
     return context
+
+
+def test_an_answer_that_came_while_the_process_stood_still_counts() -> None:
+    """As after SIGSTOP: when it goes on, a deadline has passed, and what waits in its sockets is read first."""
+    received, answer_now, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def serve(listening: socket.socket) -> None:
+        peer, _ = listening.accept()
+        with peer:
+            peer.settimeout(10)
+            peer.recv(65536)
+            received.set()
+            answer_now.wait(10)
+            peer.sendall(OK)
+            answered.set()
+            peer.recv(1)
+
+    async def go(port: int) -> None:
+        async with exchange() as http:
+            url = f"http://127.0.0.1:{port}/"
+            sending = asyncio.create_task(http.send(request(url, timeout_s=0.5)))
+            async with asyncio.timeout(10):
+                while not received.is_set():
+                    await asyncio.sleep(0.001)
+            answer_now.set()
+            assert answered.wait(10)  # the loop stands still from here on, as it does in a stopped process
+            time.sleep(0.7)
+            outcome = await sending
+            assert (outcome.kind, outcome.status) == (OutcomeKind.ANSWERED, 200)
+            assert outcome.total_ms > 500
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        receiver = threading.Thread(target=serve, args=(listening,))
+        receiver.start()
+        uvloop.run(go(listening.getsockname()[1]))
+        receiver.join()
+
+
+def test_a_receiver_that_never_reads_a_large_body_ends_in_time() -> None:
+    """Its window closes and the write waits: the deadline is of the whole attempt, and nothing else is held up."""
+    payload = b'"' + b"x" * 16_000_000 + b'"'
+
+    async def go() -> None:
+        with socket.socket() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            async with exchange() as http, Receiver() as honest:
+                url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+                stuck = asyncio.create_task(http.send(request(url, payload, timeout_s=1.0)))
+                good = [await http.send(request(honest.url)) for _ in range(20)]
+                outcome = await stuck
+                assert {o.status for o in good} == {200}
+                assert outcome.kind is OutcomeKind.TIMEOUT
+                assert 1000 <= outcome.total_ms < 2000
+                assert not http.connections.talking
+
+    asyncio.run(go())
+
+
+REQUESTS = 2000
+
+FAILURES_MOST = 2
+"""A thousandth: of a connection that is reused while its peer closes it, the one replacement is closed in time seldom."""
+
+
+def test_connections_that_are_closed_after_some_answers_cost_no_attempt() -> None:
+    """The peer closes 0 to 5 ms after each answer, in the moment in which the next request is written."""
+    dice = random.Random(6)
+
+    async def handle(_: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        if dice.random() < 0.5:
+            asyncio.get_running_loop().call_later(dice.random() * 0.005, writer.close)
+
+    async def one(http: HttpExchange, url: str) -> list[Outcome]:
+        outcomes = []
+        for _ in range(REQUESTS // 20):
+            outcomes.append(await http.send(request(url)))
+            await asyncio.sleep(dice.random() * 0.005)
+        return outcomes
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            each = await asyncio.gather(*(one(http, receiver.url) for _ in range(20)))
+            outcomes = [o for some in each for o in some]
+            failed = [o for o in outcomes if o.status != 200]
+            assert len(failed) <= FAILURES_MOST, failed[:3]
+            answered = len(outcomes) - len(failed)
+            came = len(receiver.calls)
+            assert answered <= came <= len(outcomes) + sum(o.resent for o in outcomes), (
+                "none twice without a mark"
+            )
+            assert sum(o.reused for o in outcomes) > REQUESTS / 4
+
+    asyncio.run(go())
 
 
 def test_tls(authority: trustme.CA) -> None:
