@@ -466,19 +466,26 @@ class Feed:
     def _leave_now(self) -> None:
         left, self._left_shards = self._left_shards, set()
         self.shards -= left
-        for key, endpoint in self._endpoints.items():
-            if endpoint.shard not in left:
-                continue
-            self._let_go(key)
+        for endpoint in self._endpoints.values():
+            if endpoint.shard in left:
+                self._let_go(endpoint)
 
-    def _let_go(self, key: EndpointKey) -> None:
-        """Forget an endpoint's rows, and where they were: when it is ours again, it is read from the start."""
+    def _let_go(self, endpoint: Endpoint) -> None:
+        """
+        Forget the rows of an endpoint that is not ours, and where they were: when it is ours again, it is read from the start.
+
+        What is in a shard that it has left and we have not, nobody else would find: it is forwarded.
+        """
+        key = endpoint.key
         for delivery in self._line.withdraw(key):
             self._forget(delivery)
         self._backlogs.pop(key, None)
         self._hungry.pop(key, None)
         self._due_now.pop(key, None)
         self._full.discard(key)
+        if self.shards.intersection(endpoint.former_shards):
+            self._moved.add(key)
+            self._wake.set()
 
     def _mine(self, key: EndpointKey) -> bool:
         """Whether an endpoint is (still) in a shard that is read."""
@@ -512,12 +519,9 @@ class Feed:
             return
         self._look_again(endpoint.key)
         if endpoint.shard not in self.shards:
-            self._let_go(endpoint.key)
+            self._let_go(endpoint)
             if before is not None:
                 self._serve(endpoint)
-            if self.shards.intersection(endpoint.former_shards):
-                self._moved.add(endpoint.key)
-                self._wake.set()
             return
         waiting = self._line.withdraw(endpoint.key)
         resumed = before is not None and before.state in OVER and endpoint.state not in OVER

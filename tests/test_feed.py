@@ -405,3 +405,24 @@ def test_a_retry_does_not_wait_for_another_of_its_coalesce_key() -> None:
     assert not states.stands(row(3, 3, coalesce_key="s"), lambda *_: False)
     states.left(key, DeliveryId(1))
     assert states.demands() == [key]
+
+
+def test_what_waits_in_a_shard_that_its_endpoint_has_left_is_forwarded_when_the_new_one_is_left_too() -> None:
+    """A retry that is not due yet: it was to be forwarded when it was read, and is nobody else's to find (seed 39455)."""
+
+    async def go() -> None:
+        forwarder = Forwarder()
+        feed = made(Reads(), Line(), forwarder)
+        feed._serve(replace(ENDPOINT, former_shards=(1,)))
+        retry = Delivery(
+            DeliveryId(4), ENDPOINT.key, Event(UUID(int=1), "a.b", "t", b"{}", 1.0), attempt=0, shard=1
+        )
+        feed.settled((), [(retry, NOW.timestamp() + 60)])
+        await feed._turn()
+        assert forwarder.forwarded == []
+        feed.leave({0})
+        await feed._change_shards()
+        await feed._turn()
+        assert [keys for keys, _ in forwarder.forwarded] == [[ENDPOINT.key]]
+
+    asyncio.run(go())
