@@ -2,13 +2,20 @@
 Logging: one line an occurrence, for people on a terminal and as JSON everywhere else.
 
 Lines carry ids of deliveries, endpoints and attempts, never payloads, headers or secrets.
+
+They are written by a thread: a pipe that nobody reads, a full disk or a terminal that is gone holds up no delivery.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import queue
+import select
 import sys
-from typing import TYPE_CHECKING
+import threading
+import time
+from typing import TYPE_CHECKING, TextIO, cast
 
 import orjson
 import structlog
@@ -22,8 +29,65 @@ BURST = 20
 """Lines about failed attempts in a second; what is above is counted and said in one line."""
 
 
-def configure(config: LogConfig) -> None:
-    """Write to stderr as the configuration says."""
+LINES_KEPT = 10_000
+"""Lines that wait to be written, a few megabytes; what comes on top of them is lost and counted."""
+
+LAST_LINES_S = 2.0
+"""At the end of the process, for lines that are not written yet."""
+
+
+class Outlet:
+    """A file descriptor that is written to by a thread of its own: whoever logs never waits for it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str] = queue.Queue(LINES_KEPT)
+        self._lost = self._failed = self._told = 0
+        """Each is counted by one thread only: who writes, and twice the log's own."""
+        # not through sys.stderr: a thread that is stuck in there keeps the interpreter from ending
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        """Have a line written; it is lost if too many wait already."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Nothing: the thread writes at once."""
+
+    def drain(self, longest_s: float = LAST_LINES_S) -> None:
+        """Wait until all is written, but no longer than this."""
+        until = time.monotonic() + longest_s
+        while self._lines.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def _run(self) -> None:
+        while True:
+            taken = self._written(self._lines.get().encode("utf-8", "backslashreplace"))
+            if not taken:
+                self._failed += 1
+            self._lines.task_done()
+            lost = self._lost + self._failed - self._told
+            if lost and taken and self._lines.empty():
+                self._told += lost
+                structlog.get_logger("hookd").warning("lines of the log were lost: nobody took them", count=lost)  # fmt: skip
+
+    def _written(self, line: bytes) -> bool:
+        rest = memoryview(line)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:
+                select.select((), (self._descriptor,), ())
+            except OSError:
+                return False
+        return True
+
+
+def configure(config: LogConfig, outlet: Outlet) -> None:
+    """Write as the configuration says; colours and the form for people are for a terminal on stderr."""
     console = config.format == "console" or (config.format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
@@ -42,7 +106,7 @@ def configure(config: LogConfig) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[config.level.upper()]
         ),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", outlet)),
         cache_logger_on_first_use=False,
     )
 

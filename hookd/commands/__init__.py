@@ -7,6 +7,7 @@ Exit status: 0 done, 1 it failed, 2 usage or configuration.  An error is one lin
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -123,6 +124,7 @@ def cli(ctx: click.Context, config_file: str | None, *, as_json: bool) -> None:
 
 def main() -> None:
     """The console script."""
+    _open_standard_streams()
     try:
         status = cli.main(prog_name="hookd", standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -141,6 +143,18 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - what is not known is raised again
         status = _known(error)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """Where 0, 1 or 2 is closed the next socket would get that number, and what is printed would go to PostgreSQL."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - they stay open
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _known(error: Exception) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import os
@@ -23,7 +24,7 @@ from hookd.config import ConfigInvalid, load
 from hookd.daemon import Daemon
 from hookd.failpoints import FailpointUnknown, arm
 from hookd.keyfile import KeyFileProblem
-from hookd.logs import Outage, configure
+from hookd.logs import Outage, Outlet, configure
 from hookd.net.exchange import check_parts
 from hookd.postgres.connect import DatabaseRefused, DatabaseUnavailable, unavailable
 from hookd.postgres.pooler import SHARED, check_sessions
@@ -61,7 +62,9 @@ def run(invocation: Invocation) -> None:
     """
     loaded = load(invocation.config_file)
     config = loaded.config
-    configure(config.log)
+    outlet = Outlet(sys.stderr.fileno())
+    configure(config.log, outlet)
+    atexit.register(outlet.drain)
     try:
         arm(os.environ.get("HOOKD_FAILPOINT", ""))
     except FailpointUnknown as problem:
@@ -77,11 +80,13 @@ def run(invocation: Invocation) -> None:
             log.warning(
                 "embedded PostgreSQL is for trying out, not for production", server=database.described
             )
-        status = uvloop.run(_serve(invocation, config, database, descriptors))
+        status = uvloop.run(_serve(invocation, config, database, descriptors, outlet))
     sys.exit(status)
 
 
-async def _serve(invocation: Invocation, config: Config, database: Database, descriptors: int | None) -> int:
+async def _serve(
+    invocation: Invocation, config: Config, database: Database, descriptors: int | None, outlet: Outlet
+) -> int:
     def reload() -> Config | None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         # it is applied before the event loop goes on
@@ -94,7 +99,7 @@ async def _serve(invocation: Invocation, config: Config, database: Database, des
                 mistakes=[str(m) for m in error.mistakes],
             )
             return None
-        configure(fresh.log)
+        configure(fresh.log, outlet)
         return fresh
 
     try:
