@@ -359,7 +359,10 @@ class Feed:
             moved, self._moved = self._moved, set()
             # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
             await self._forwarder.forward(moved, self._line.under_way(moved))
-        following = self._heads.following()
+        following = [
+            (key, order_key, 0 if self._scattered(key) else after)
+            for key, order_key, after in self._heads.following()
+        ]
         ahead = await self._take_heads(self._reads.heads(following), ordered=True) if following else []
         brought = await self._read_arrivals(ahead)
         if self._states:
@@ -455,6 +458,11 @@ class Feed:
     def _placed(endpoint: Endpoint, shard: int) -> bool:
         """Whether a row of this shard may be sent; of an endpoint that was removed nothing is."""
         return endpoint.shard == shard or endpoint.state is EndpointState.REMOVED
+
+    def _scattered(self, key: EndpointKey) -> bool:
+        """Whether rows of an endpoint may arrive where they are not seen: in a shard that it has left, and another reads."""
+        endpoint = self._line.served(key)
+        return endpoint is not None and not self.shards.issuperset(endpoint.former_shards)
 
     def _look_behind(self) -> None:
         """Ask again for the heads that were another owner's."""

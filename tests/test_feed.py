@@ -280,6 +280,28 @@ def test_a_head_that_an_older_row_has_overtaken_is_not_sent() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(("former_shard", "after"), [(1, 20), (5, 0)])
+def test_the_next_of_a_key_is_looked_for_from_the_start_where_older_rows_may_come_unseen(
+    former_shard: int, after: int
+) -> None:
+    """
+    A transaction that began before its endpoint moved commits rows into the shard that it has left.
+
+    Where that is read here too they are arrivals; where another reads it, nothing tells of them (seed 44984).
+    """
+
+    async def go() -> None:
+        reads = Reads()
+        feed = made(reads, Line(), Forwarder())
+        feed._serve(replace(ENDPOINT, former_shards=(former_shard,)))
+        feed._heads.take((ENDPOINT.key, "k"), DeliveryId(20))
+        feed._heads.left((ENDPOINT.key, "k"), DeliveryId(20), gone=True, wanted=True)
+        await feed._turn()
+        assert [place for *_, place in reads.heads_asked] == [after]
+
+    asyncio.run(go())
+
+
 def test_the_head_that_was_another_owners_is_asked_for_again() -> None:
     """It may be settled there, and then nothing arrives here."""
 
