@@ -58,11 +58,13 @@ class Receiver:
         handle: Callable[[Call, asyncio.StreamWriter], Awaitable[bool | None]] | None = None,
         *,
         context: ssl.SSLContext | None = None,
+        address: str = "127.0.0.1",
     ) -> None:
         self.handle = handle or always(OK)
         self.calls: list[Call] = []
         self.connections = 0
         self._context = context
+        self._address = address
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
@@ -70,7 +72,7 @@ class Receiver:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", self.port, ssl=self._context, backlog=1000
+            self._serve, self._address, self.port, ssl=self._context, backlog=1000
         )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -88,7 +90,7 @@ class Receiver:
     @property
     def url(self) -> str:
         scheme = "https" if self._context else "http"
-        return f"{scheme}://{'localhost' if self._context else '127.0.0.1'}:{self.port}/hook"
+        return f"{scheme}://{'localhost' if self._context else self._address}:{self.port}/hook"
 
     async def wait_for_calls(self, count: int, deadline_s: float = 30.0) -> None:
         async with asyncio.timeout(deadline_s):

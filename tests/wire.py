@@ -7,6 +7,7 @@ import struct
 from typing import Self
 
 NOTIFICATION = b"A"
+COMMITTED = b"C", b"COMMIT\x00"
 
 
 class Wire:
@@ -20,6 +21,8 @@ class Wire:
         self._open.set()
         self.deaf = False
         """Notifications do not get through."""
+        self.lose_commits = 0
+        """So often the answer to a COMMIT is lost, and its connection with it."""
         self.port = 0
         self.connections = 0
 
@@ -80,6 +83,9 @@ class Wire:
             head = await reader.readexactly(5)
             body = await reader.readexactly(struct.unpack(">I", head[1:])[0] - 4)
             await self._open.wait()
+            if self.lose_commits and (head[:1], body) == COMMITTED:
+                self.lose_commits -= 1
+                return
             if not (self.deaf and head[:1] == NOTIFICATION):
                 writer.write(head + body)
                 await writer.drain()

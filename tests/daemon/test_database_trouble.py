@@ -622,6 +622,37 @@ def test_notifications_do_not_arrive(
     asyncio.run(go())
 
 
+LOST = 5
+
+
+def test_the_answer_to_a_commit_is_lost(
+    server: Cluster, dsn: str, run_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """What was settled may have been or not: it is settled once more, which changes nothing, and is not sent again."""
+
+    async def go() -> None:
+        async with Wire(server.port) as wire, Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            daemon = run_daemon(dsn.replace(str(server.port), str(wire.port)))
+            await asyncio.to_thread(daemon.wait_ready)
+            for n in range(LOST):
+                connections = wire.connections
+                wire.lose_commits = 1
+                await send(dsn)
+                await receiver.wait_for_calls(n + 1)
+                async with asyncio.timeout(30):
+                    while wire.lose_commits or wire.connections < connections + 3:
+                        await asyncio.sleep(0.01)
+            await send(dsn)
+            await wait_empty(dsn)
+            assert Counter(Counter(c.event_id for c in receiver.calls).values()) == {1: LOST + 1}
+            rows = await fetch(dsn, "select event_id, attempt, verdict from hookd.attempt")
+            assert Counter((r["attempt"], r["verdict"]) for r in rows) == {(1, "delivered"): LOST + 1}
+            assert not daemon.said("internal error")
+
+    asyncio.run(go())
+
+
 def test_the_database_falls_silent(
     server: Cluster, dsn: str, run_daemon: Callable[..., DaemonProcess]
 ) -> None:

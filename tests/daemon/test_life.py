@@ -255,6 +255,20 @@ def test_two_daemons_share_a_database_and_one_takes_over(
     asyncio.run(go())
 
 
+NOT_APPLIED = "configuration not applied"
+
+BAD_FILES = (
+    ('[delivery]\nformat = "rwa"\n', "delivery.format"),
+    ('[delivery]\nformat = "standard"\ntimeuot = "3s"\n', "timeuot"),
+    ('[delivery]\nformat = "stan', "c.toml"),
+    ('[delivry]\nformat = "standard"\n', "delivry"),
+    ("[delivery]\ntimeout = -1\n", "delivery.timeout"),
+    ("\x00\xff", "c.toml"),
+    (None, "c.toml"),
+)
+"""Half-written, unknown keys, values that cannot be; and the mistake that is told."""
+
+
 def test_a_reload_applies_what_can_be_and_a_bad_one_changes_nothing(
     dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
@@ -275,16 +289,50 @@ def test_a_reload_applies_what_can_be_and_a_bad_one_changes_nothing(
             daemon.signal(signal.SIGHUP)
             said = await asyncio.to_thread(daemon.wait_for, "these keys have changed and need a restart")
             assert said["keys"] == ["network.nameservers"]
-            file.write_text('[delivery]\nformat = "rwa"\n')
-            daemon.signal(signal.SIGHUP)
-            said = await asyncio.to_thread(daemon.wait_for, "configuration not applied")
-            assert "delivery.format" in said["mistakes"][0]
-            await send(dsn, payload='{"a":  2}')
-            await wait_empty(dsn)
-            assert receiver.calls[1].body == b'{"a":  2}'
+            for n, (text, mistake) in enumerate(BAD_FILES, 1):
+                if text is None:
+                    file.unlink()
+                    file.mkdir()  # it cannot be read
+                else:
+                    file.write_text(text)
+                daemon.signal(signal.SIGHUP)
+                await asyncio.to_thread(wait_until, lambda: len(daemon.said(NOT_APPLIED)) == n, "refused")  # noqa: B023
+                assert mistake in daemon.said(NOT_APPLIED)[-1]["mistakes"][0]
+                assert await asyncio.to_thread(metric, daemon, "hookd_config_reload_success") == 0
+                await send(dsn, payload='{"a":  2}')
+                await wait_empty(dsn)
+                assert receiver.calls[n].body == b'{"a":  2}', "as the last good file said"
 
     asyncio.run(go())
-    assert metric(daemon, "hookd_config_reload_success") == 0
+    assert len(daemon.said("configuration applied")) == 2
+
+
+def test_a_reload_that_denies_a_host_ends_what_is_open_to_it(
+    dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """The connection that was kept is not used again."""
+    file = tmp_path / "c.toml"
+    file.write_text("")
+    daemon = start_daemon(HOOKD_CONFIG=str(file))
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await receiver.wait_for_calls(1)
+            await wait_empty(dsn)
+            file.write_text('[network]\ndeny = ["127.0.0.0/8"]\n')
+            daemon.signal(signal.SIGHUP)
+            await asyncio.to_thread(daemon.wait_for, "configuration applied")
+            await receiver.wait_closed()
+            await send(dsn)
+            row = await wait_for_row(
+                dsn, "select outcome, reason from hookd.attempt where verdict <> 'delivered'"
+            )
+            assert row["outcome"] == "blocked"
+            assert len(receiver.calls) == receiver.connections == 1
+
+    asyncio.run(go())
 
 
 def test_pause_resume_remove(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
