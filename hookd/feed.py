@@ -598,9 +598,14 @@ class Feed:
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
         room: Counter[EndpointKey] = Counter()
-        taken = [
-            row for row in sorted(arrivals.rows) if self._in_place(row) and self._hold_arrival(row, room)
-        ]
+        taken = []
+        for row in sorted(arrivals.rows):
+            if (
+                row.order_key is not None
+            ):  # also in a shard that its endpoint has left: it is older all the same
+                self._heads.came((row.endpoint, row.order_key), row.id)
+            if self._in_place(row) and self._hold_arrival(row, room):
+                taken.append(row)
         if arrivals.places:
             self._heads.doubt({place.endpoint for place in arrivals.places})
         for place in arrivals.places:
@@ -633,8 +638,6 @@ class Feed:
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
         state = self._state(row.endpoint)
-        if row.order_key is not None:
-            self._heads.came((row.endpoint, row.order_key), row.id)
         if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
             return False
         if row.coalesce_key is not None:

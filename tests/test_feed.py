@@ -280,6 +280,28 @@ def test_a_head_that_an_older_row_has_overtaken_is_not_sent() -> None:
     asyncio.run(go())
 
 
+def test_a_head_is_overtaken_by_an_older_row_in_a_shard_that_its_endpoint_has_left() -> None:
+    """One transaction inserted both, and the endpoint moved in between (seed 55609)."""
+
+    async def go() -> None:
+        reads, line, forwarder = Reads(), Line(), Forwarder()
+        feed = made(reads, line, forwarder)
+        feed._serve(replace(ENDPOINT, former_shards=(1,)))
+        feed._heads.take((ENDPOINT.key, "k"), DeliveryId(20))
+        feed._heads.left((ENDPOINT.key, "k"), DeliveryId(20), gone=True, wanted=True)
+        reads.head = row(90, 3, order_key="k")
+        reads.arrived = [row(60, 1, order_key="k", shard=1), row(90, 3, order_key="k")]
+        await feed._turn()
+        assert line.admitted == []
+        reads.head = row(60, 1, order_key="k")
+        await feed._turn()
+        assert [keys for keys, _ in forwarder.forwarded] == [[ENDPOINT.key]]
+        assert [after for *_, after in reads.heads_asked] == [20, 59]
+        assert [d.id for d in line.admitted] == [60]
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize(("former_shard", "after"), [(1, 20), (5, 0)])
 def test_the_next_of_a_key_is_looked_for_from_the_start_where_older_rows_may_come_unseen(
     former_shard: int, after: int
