@@ -316,6 +316,64 @@ def test_all_sessions_are_ended_twice_a_second(dsn: str, start_daemon: Callable[
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("session", ["owner", "feed", "upkeep"])
+def test_one_of_its_sessions_is_ended(
+    dsn: str, start_daemon: Callable[..., DaemonProcess], session: str
+) -> None:
+    """Whichever it is: all begin anew, nobody is blamed, and nothing is lost."""
+
+    async def go() -> None:
+        daemon = start_daemon()
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            async with Load(dsn) as load:
+                await load.wait_for_more(20)
+                ended = await fetch(
+                    dsn,
+                    "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name = $1",
+                    f"hookd {session}",
+                )
+                assert len(ended) == 1
+                await wait_said(daemon, "database lost")
+                await load.wait_for_more(20)
+            await wait_empty(dsn)
+            assert_all_arrived(load, receiver, twice=0)
+        await wait_said(daemon, "database is back")
+        assert_said_once(daemon)
+        assert (
+            await fetch(dsn, "select * from hookd.attempt where verdict <> 'delivered' or attempt <> 1") == []
+        )
+
+    asyncio.run(go())
+
+
+def test_a_stop_whose_grace_ends_without_a_database(
+    server: Cluster, dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """One signal: it tries until the grace is over, and then says what is unwritten."""
+    daemon = start_daemon(HOOKD_DELIVERY__DRAIN="1s")
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            blocker = await asyncpg.connect(dsn)
+            await blocker.execute("begin; lock table hookd.attempt in share mode")
+            event = await send(dsn)
+            await receiver.wait_for_calls(1)
+            await asyncio.to_thread(server.stop, "immediate")
+            await wait_said(daemon, "database lost")
+            daemon.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(daemon.process.wait, 20) == 1
+            assert daemon.said("stopped")[0]["may_be_sent_again"] == 1
+            blocker.terminate()
+            await asyncio.to_thread(server.start)
+            await asyncio.to_thread(start_daemon)
+            await wait_empty(dsn)
+            assert [c.event_id for c in receiver.calls] == [event, event]
+
+    asyncio.run(go())
+
+
 def test_settings_of_the_role_are_not_for_hookd(
     server: Cluster, dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

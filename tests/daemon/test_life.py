@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import datetime
 import json
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -35,7 +37,10 @@ def metric(daemon: DaemonProcess, name: str) -> float:
     raise AssertionError(name)
 
 
-def test_sigterm_drains(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(
+    dsn: str, start_daemon: Callable[..., DaemonProcess], number: signal.Signals
+) -> None:
     daemon = start_daemon()
     release = asyncio.Event()
 
@@ -49,8 +54,9 @@ def test_sigterm_drains(dsn: str, start_daemon: Callable[..., DaemonProcess]) ->
             for _ in range(5):
                 await send(dsn)
             await receiver.wait_for_calls(5)
-            daemon.signal(signal.SIGTERM)
-            await asyncio.to_thread(daemon.wait_for, "draining")
+            daemon.signal(number)
+            said = await asyncio.to_thread(daemon.wait_for, "draining")
+            assert said["signal"] == number.name
             late = await send(dsn)
             release.set()
             assert await asyncio.to_thread(daemon.process.wait, 30) == 0
@@ -64,23 +70,46 @@ def test_sigterm_drains(dsn: str, start_daemon: Callable[..., DaemonProcess]) ->
 
 
 def test_a_second_signal_stops_at_once(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    """What was in flight is sent again by the next daemon, as the log has said."""
     daemon = start_daemon()
+    stuck = True
 
-    async def handle(_call: Call, _writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(3600)
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        if stuck:
+            await asyncio.sleep(3600)
+        writer.write(OK)
 
     async def go() -> None:
+        nonlocal stuck
         async with Receiver(handle) as receiver:
             await add_endpoint(dsn, receiver.url)
-            await send(dsn)
+            event = await send(dsn)
             await receiver.wait_for_calls(1)
             daemon.signal(signal.SIGTERM)
             await asyncio.to_thread(daemon.wait_for, "draining")
             daemon.signal(signal.SIGTERM)
             assert await asyncio.to_thread(daemon.process.wait, 10) == 0
+            assert (daemon.said("stopped")[0]["cut_off"], daemon.said("stopped")[0]["may_be_sent_again"]) == (
+                1,
+                1,
+            )
+            stuck = False
+            await asyncio.to_thread(start_daemon)
+            await wait_empty(dsn)
+            assert [c.event_id for c in receiver.calls] == [event, event]
 
     asyncio.run(go())
-    assert daemon.said("stopped")[0]["cut_off"] == 1
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_unit_is_as_closed_as_it_says() -> None:
+    """Its exposure, from 0 to 10, by systemd's own count."""
+    unit = Path(__file__).parent.parent.parent / "deploy" / "hookd@.service"
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
 
 
 def test_systemd_is_told_what_it_waits_for(dsn: str, tmp_path: Path) -> None:

@@ -462,6 +462,19 @@ def test_an_answer_that_came_while_the_process_stood_still_counts() -> None:
         receiver.join()
 
 
+def test_cookies_are_not_kept() -> None:
+    async def handle(_: Call, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(200, set_cookie="session=1; Path=/"))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+            for _ in range(3):
+                assert (await http.send(request(receiver.url))).status == 200
+            assert not [c for c in receiver.calls if "cookie" in c.headers]
+
+    asyncio.run(go())
+
+
 def test_a_receiver_that_never_reads_a_large_body_ends_in_time() -> None:
     """Its window closes and the write waits: the deadline is of the whole attempt, and nothing else is held up."""
     payload = b'"' + b"x" * 16_000_000 + b'"'
