@@ -225,11 +225,16 @@ def metric(daemon: DaemonProcess, name: str) -> float:
     raise AssertionError(name)
 
 
+@pytest.mark.parametrize("twice", [True, False])
 def test_a_stop_without_a_database_says_what_is_unwritten(
-    server: Cluster, dsn: str, start_daemon: Callable[..., DaemonProcess]
+    server: Cluster, dsn: str, start_daemon: Callable[..., DaemonProcess], *, twice: bool
 ) -> None:
-    """A second signal does not wait for the database; what could not be written is sent again by the next daemon."""
-    daemon = start_daemon()
+    """
+    One signal waits for the database as long as the grace is, a second one not at all.
+
+    What could not be written is sent again by the next daemon.
+    """
+    daemon = start_daemon(HOOKD_DELIVERY__DRAIN="30s" if twice else "1s")
 
     async def go() -> None:
         async with Receiver() as receiver:
@@ -242,11 +247,12 @@ def test_a_stop_without_a_database_says_what_is_unwritten(
             await wait_said(daemon, "database lost")
             daemon.signal(signal.SIGTERM)
             await wait_said(daemon, "draining")
-            daemon.signal(signal.SIGTERM)
+            if twice:
+                daemon.signal(signal.SIGTERM)
             assert await asyncio.to_thread(daemon.process.wait, 20) == 1
             blocker.terminate()
             await asyncio.to_thread(server.start)
-            assert len(daemon.said("stopping at once")) == 1
+            assert len(daemon.said("stopping at once")) == twice
             assert (
                 daemon.said("stopped")[0]["unwritten"],
                 daemon.said("stopped")[0]["may_be_sent_again"],
@@ -343,33 +349,6 @@ def test_one_of_its_sessions_is_ended(
         assert (
             await fetch(dsn, "select * from hookd.attempt where verdict <> 'delivered' or attempt <> 1") == []
         )
-
-    asyncio.run(go())
-
-
-def test_a_stop_whose_grace_ends_without_a_database(
-    server: Cluster, dsn: str, start_daemon: Callable[..., DaemonProcess]
-) -> None:
-    """One signal: it tries until the grace is over, and then says what is unwritten."""
-    daemon = start_daemon(HOOKD_DELIVERY__DRAIN="1s")
-
-    async def go() -> None:
-        async with Receiver() as receiver:
-            await add_endpoint(dsn, receiver.url)
-            blocker = await asyncpg.connect(dsn)
-            await blocker.execute("begin; lock table hookd.attempt in share mode")
-            event = await send(dsn)
-            await receiver.wait_for_calls(1)
-            await asyncio.to_thread(server.stop, "immediate")
-            await wait_said(daemon, "database lost")
-            daemon.signal(signal.SIGTERM)
-            assert await asyncio.to_thread(daemon.process.wait, 20) == 1
-            assert daemon.said("stopped")[0]["may_be_sent_again"] == 1
-            blocker.terminate()
-            await asyncio.to_thread(server.start)
-            await asyncio.to_thread(start_daemon)
-            await wait_empty(dsn)
-            assert [c.event_id for c in receiver.calls] == [event, event]
 
     asyncio.run(go())
 
