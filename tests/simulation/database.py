@@ -123,6 +123,8 @@ class Transaction:
     inserted: list[Delivery] = field(default_factory=list)
     sees: dict[int, Endpoint] | None = None
     """The endpoints as of its first statement (REPEATABLE READ)."""
+    disabled: set[int] = field(default_factory=set)
+    """Endpoints that it has disabled itself, which it sees and others do not yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -584,6 +586,7 @@ class Database:
         answer = []
         for endpoint, reason in found:
             self._change(tx, endpoint.key, {"state": "disabled", "state_reason": reason})
+            tx.disabled.add(endpoint.key)
             answer.append(
                 {"key": endpoint.key, "id": endpoint.id, "tenant": endpoint.tenant, "url": endpoint.url, "state_reason": reason}
             )  # fmt: skip
@@ -855,6 +858,8 @@ class Database:
         for endpoint in sorted(seen.values(), key=lambda e: e.key):
             if endpoint.tenant != tenant or endpoint.state not in ("active", "paused"):
                 continue
+            if endpoint.key in tx.disabled:
+                continue
             if matched(endpoint.types, type_):
                 due_at = event.deliver_at if event.deliver_at and event.deliver_at > self.now() else None
                 self._owe(tx, xid, event.id, endpoint, due_at, "" if endpoint.ordered else event.order_key, event.coalesce_key)  # fmt: skip
@@ -897,8 +902,13 @@ class Database:
             if endpoint is None or endpoint.state == "removed":
                 continue
             queued.append(self._owe(tx, xid, letter.event.id, endpoint, replay=True))
-            tx.changes.append(lambda letter=letter: setattr(letter, "replayed", True))  # type: ignore[misc]
+            tx.changes.append(lambda letter=letter: self._replayed(letter))  # type: ignore[misc]
         return queued
+
+    def _replayed(self, letter: DeadLetter) -> None:
+        for other in self.dead.values():
+            if (other.event.id, other.endpoint) == (letter.event.id, letter.endpoint):
+                other.replayed = True
 
 
 WRITING = frozenset({owner.SETTLE_FINAL, owner.SETTLE_RETRY, owner.FORWARD, queue.RESET_FOREIGN_XIDS})

@@ -46,8 +46,11 @@ if TYPE_CHECKING:
     from tests.simulation.database import Session, Transaction
 
 SHARDS = 4
-HISTORIES = 12
 STEPS = 60
+
+DIFFERED = (129, 210)
+"""Of the first 500: two dead letters of one event and endpoint; an endpoint of tenant hookd that is told of its own end."""
+
 LONG_AGO = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 SOON = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
 
@@ -628,10 +631,10 @@ async def _rows(side: Side, read: Any) -> Any:
     return side.rows(await read)
 
 
-@pytest.mark.parametrize("first", range(1, HISTORIES + 1, 4))
-def test_the_model_is_like_the_real_one(dsn: str, first: int) -> None:
+@pytest.mark.parametrize("seeds", [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), DIFFERED])
+def test_the_model_is_like_the_real_one(dsn: str, seeds: Sequence[int]) -> None:
     async def go() -> None:
-        for seed in range(first, first + 4):
+        for seed in seeds:
             history = History(seed, dsn)
             history.copies, history.payloads = {}, {}
             await history.run()
