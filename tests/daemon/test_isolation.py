@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from tests.producing import add_endpoint_with_id, fetch, wait_empty, wait_for_row
-from tests.receiver import Receiver, always, answer
+from tests.receiver import OK, Call, Receiver, always, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,5 +108,66 @@ def test_one_tenants_500s_do_not_close_a_shared_host(
                 " where e.id = $1 and a.verdict = 'delivered' having count(*) = 300",
                 good,
             )
+
+    asyncio.run(go())
+
+
+STOPPED = 8
+
+EACH = 30
+
+
+def test_receivers_stop_one_by_one_and_go_on_in_another_order(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """They accept and say nothing, as a stopped process does; only their own lanes wait, and all goes on with each."""
+    start_daemon(
+        HOOKD_RETRY__SCHEDULE=json.dumps(["1s"] * 40),
+        HOOKD_DELIVERY__TIMEOUT="1s",
+        HOOKD_LIMITS__CONCURRENCY="10",
+    )
+    dice = random.Random(22)
+
+    def receiver_of(gate: asyncio.Event) -> Receiver:
+        async def handle(_: Call, writer: asyncio.StreamWriter) -> None:
+            await gate.wait()
+            writer.write(OK)
+
+        return Receiver(handle)
+
+    async def go() -> None:
+        gates = [asyncio.Event() for _ in range(STOPPED)]
+        for gate in gates:
+            gate.set()
+        async with contextlib.AsyncExitStack() as stack:
+            healthy = await stack.enter_async_context(Receiver())
+            receivers = [await stack.enter_async_context(receiver_of(gate)) for gate in gates]
+            await add_endpoint_with_id(dsn, healthy.url, tenant="healthy")
+            for n, receiver in enumerate(receivers):
+                await add_endpoint_with_id(dsn, receiver.url, tenant=f"r{n}")
+
+            async def load(most: int) -> None:
+                await fetch(dsn, MANY, most, "healthy")
+                for n in range(STOPPED):
+                    await fetch(dsn, MANY, most, f"r{n}")
+
+            for gate in gates:
+                gate.clear()
+                await load(EACH // 10)
+            begun = time.monotonic()
+            await load(EACH)
+            arrived = EACH // 10 * STOPPED + EACH
+            await healthy.wait_for_calls(arrived)
+            assert time.monotonic() - begun < 10, "eight hosts that say nothing held up a ninth"
+            for gate in dice.sample(gates, STOPPED):
+                gate.set()
+                await load(EACH // 10)
+                arrived += EACH // 10
+                await healthy.wait_for_calls(arrived)
+            await wait_empty(dsn)
+            for receiver in receivers:
+                assert len({c.event_id for c in receiver.calls}) == arrived
+            assert len(healthy.calls) == arrived, "and nothing twice"
+            assert not await fetch(dsn, "select from hookd.dead_letter")
 
     asyncio.run(go())
