@@ -158,7 +158,7 @@ def test_receivers_stop_one_by_one_and_go_on_in_another_order(
             await load(EACH)
             arrived = EACH // 10 * STOPPED + EACH
             await healthy.wait_for_calls(arrived)
-            assert time.monotonic() - begun < 10, "eight hosts that say nothing held up a ninth"
+            assert time.monotonic() - begun < 20, "eight hosts that say nothing held up a ninth"
             for gate in dice.sample(gates, STOPPED):
                 gate.set()
                 await load(EACH // 10)
