@@ -123,6 +123,8 @@ class Daemon:
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
         self.tenure: Tenure | None = None
+        self._tenure_mono: float | None = None
+        """When the last tenure began; None while there was none since the one before."""
         self.prepared = False
         self.ready = asyncio.Event()
         self.reload_ok = True
@@ -291,7 +293,7 @@ class Daemon:
     async def _tenures(self) -> None:
         delay = RECONNECT_FIRST_S
         while True:
-            begun = self._clock.mono()
+            self._tenure_mono = None
             problem, fault, refused = "", None, False
             try:
                 await self._tenure()
@@ -306,7 +308,7 @@ class Daemon:
             self.dispatcher.forget_all()
             if self._over:
                 return  # a task group that fails in the moment in which it is cancelled raises the failure alone
-            lasted = self._clock.mono() - begun
+            lasted = 0.0 if self._tenure_mono is None else self._clock.mono() - self._tenure_mono
             delay = RECONNECT_FIRST_S if lasted > STEADY_S else min(RECONNECT_MOST_S, delay * 2)
             await asyncio.sleep(delay * (0.8 + 0.4 * self._dice.draw()))
 
@@ -340,6 +342,7 @@ class Daemon:
             self.shards_in_all = owner.shards_in_all
             tenure = Tenure(owner, queue, feed, maintenance, self.dispatcher, self._clock, self._dice)
             self.tenure = tenure
+            self._tenure_mono = self._clock.mono()
             feed.own(owner.shards)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -406,6 +409,7 @@ class Daemon:
             if self.tenure is not None:
                 self.tenure.feed.reread_endpoints()
         if self.tenure is not None:
+            self.tenure.feed.window = READ_AHEAD * config.delivery.max_in_flight
             self._telling = asyncio.create_task(self._tell_settings(self.tenure.maintenance))
         self._renew_rules()
         self.exchange.options = self._options()
@@ -418,6 +422,8 @@ class Daemon:
         self.dispatcher.renew(config.retry_policy(), self._at_once())
         log.info("configuration applied")
         rest = self._config_at_start.needs_restart(config)
+        if self._at_once() < config.delivery.max_in_flight:
+            rest.append("delivery.max_in_flight")  # connections were counted at the start
         if rest:
             log.warning("these keys have changed and need a restart", keys=rest)
 

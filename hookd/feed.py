@@ -92,6 +92,9 @@ EVENTS_AT_ONCE = 500
 """Events of one read, and rows that are let into memory together: with a refill of 2,000 let in as one, 500 exchanges in
 flight had sent all that was in memory by the time its events were there (90 ms), each time."""
 
+UNSEEN_S = 3600.0
+"""A transaction that began before an endpoint moved, and inserts later than this, may break the order of its keys."""
+
 OVER = frozenset({EndpointState.DISABLED, EndpointState.REMOVED})
 """What these are owed ends at once, due or not."""
 
@@ -189,7 +192,8 @@ class Feed:
         self._forwarder = forwarder
         self._line = line
         self._clock = clock
-        self._window = window
+        self.window = window
+        """Rows in memory."""
         self.shards: set[int] = set()
         self.known: set[DeliveryId] = set(known)
         """In memory: waiting, in flight, or settled and not yet written."""
@@ -209,6 +213,8 @@ class Feed:
         """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
         self._moved: set[EndpointKey] = set()
         """Endpoints with rows of ours that are to be forwarded."""
+        self._moved_until: dict[EndpointKey, float] = {}
+        """Endpoints that have moved, until when rows may still come into a shard that they have left."""
         self._behind: dict[tuple[EndpointKey, str], DeliveryId] = {}
         """Order keys whose oldest row is still in another shard, where it may end without a word to us."""
         self._heads = Heads()
@@ -335,7 +341,7 @@ class Feed:
             if active:
                 quiet_since = now
                 brought.append(now)
-                plenty = self._line.total_waiting() > self._window // 4
+                plenty = self._line.total_waiting() > self.window // 4
                 if asleep and (plenty or now - brought[0] < BUSY_WITHIN_S):
                     await self._reads.flag_sleep(self.shards, asleep=False)
                     asleep, horizon = False, None
@@ -362,6 +368,7 @@ class Feed:
         following = [
             (key, order_key, 0 if self._scattered(key) else after)
             for key, order_key, after in self._heads.following()
+            if self._mine(key)
         ]
         ahead = await self._take_heads(self._reads.heads(following), ordered=True) if following else []
         brought = await self._read_arrivals(ahead)
@@ -370,7 +377,7 @@ class Feed:
             brought |= await self._read_heads(latest, ordered=False)
         brought |= await self._refill_due()
         brought |= await self._refill_fresh()
-        demands = self._heads.demands()
+        demands = [demand for demand in self._heads.demands() if self._mine(demand[0])]
         if demands:
             brought |= await self._read_heads(self._reads.heads(demands), ordered=True)
         replacing = self._states.replacing()
@@ -460,7 +467,14 @@ class Feed:
         return endpoint.shard == shard or endpoint.state is EndpointState.REMOVED
 
     def _scattered(self, key: EndpointKey) -> bool:
-        """Whether rows of an endpoint may arrive where they are not seen: in a shard that it has left, and another reads."""
+        """
+        Whether rows of an endpoint may arrive where they are not seen: in a shard that it has left, and another reads.
+
+        Only what began before it moved inserts there, and that ends: whoever looks from the start for good walks over what is done.
+        """
+        until = self._moved_until.get(key)
+        if until is None or until < self._clock.mono():
+            return False
         endpoint = self._line.served(key)
         return endpoint is not None and not self.shards.issuperset(endpoint.former_shards)
 
@@ -468,8 +482,9 @@ class Feed:
         """Ask again for the heads that were another owner's."""
         behind, self._behind = self._behind, {}
         for key, row in behind.items():
-            self._heads.met(key, row)
-            self._wake.set()
+            if self._mine(key[0]):
+                self._heads.met(key, row)
+                self._wake.set()
 
     def _leave_now(self) -> None:
         left, self._left_shards = self._left_shards, set()
@@ -554,6 +569,10 @@ class Feed:
         self._wake.set()
 
     def _serve(self, endpoint: Endpoint) -> None:
+        before = self._endpoints.get(endpoint.key)
+        places = endpoint.shard, endpoint.former_shards
+        if endpoint.former_shards and (before is None or (before.shard, before.former_shards) != places):
+            self._moved_until[endpoint.key] = self._clock.mono() + UNSEEN_S
         self._endpoints[endpoint.key] = endpoint
         self._line.serve(endpoint)
         if endpoint.rotates_until is not None:
@@ -593,7 +612,7 @@ class Feed:
         """Whether there were any.  ``ahead`` are heads that were read before: they go in unless an older one has come now."""
         assert self._since is not None
         self._reading = True
-        arrivals = await self._reads.arrivals(self._since, self.shards, self._window)
+        arrivals = await self._reads.arrivals(self._since, self.shards, self.window)
         self._since = arrivals.snapshot
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
@@ -1004,7 +1023,7 @@ class Feed:
         The few that each full queue may always have do not count: thousands of throttled endpoints must not starve the
         others.
         """
-        return self._window + QUEUE_LEAST * len(self._full) - self._line.total_waiting()
+        return self.window + QUEUE_LEAST * len(self._full) - self._line.total_waiting()
 
     def _held(self, key: EndpointKey, *, timed: bool) -> int:
         """Rows of one kind that wait in memory."""
@@ -1054,7 +1073,7 @@ class Feed:
                 for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
                     self._forget(delivery)
                     self._read_again(delivery)
-                if self._free() > self._window // 4:
+                if self._free() > self.window // 4:
                     return
 
     def _look_again(self, key: EndpointKey) -> None:

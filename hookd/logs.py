@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from hookd.config import LogConfig
 
+log = structlog.get_logger("hookd")
+
 BURST = 20
 """Lines about failed attempts in a second; what is above is counted and said in one line."""
 
@@ -36,6 +38,10 @@ LAST_LINES_S = 2.0
 """At the end of the process, for lines that are not written yet."""
 
 
+TELL_AGAIN_S = 1.0
+"""How often it is told that lines are lost."""
+
+
 class Outlet:
     """A file descriptor that is written to by a thread of its own: whoever logs never waits for it."""
 
@@ -44,11 +50,17 @@ class Outlet:
         self._lines: queue.Queue[str] = queue.Queue(LINES_KEPT)
         self._lost = self._failed = self._told = 0
         """Each is counted by one thread only: who writes, and twice the log's own."""
+        self._told_mono = -TELL_AGAIN_S
+        self._torn = False
         # not through sys.stderr: a thread that is stuck in there keeps the interpreter from ending
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def write(self, line: str) -> None:
         """Have a line written; it is lost if too many wait already."""
+        if threading.current_thread() is self._thread:
+            self._written(line)
+            return
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -65,25 +77,51 @@ class Outlet:
 
     def _run(self) -> None:
         while True:
-            taken = self._written(self._lines.get().encode("utf-8", "backslashreplace"))
-            if not taken:
-                self._failed += 1
+            line = self._lines.get()
+            lost = self._lost + self._failed - self._told
+            if lost and time.monotonic() - self._told_mono >= TELL_AGAIN_S:
+                self._tell(lost)
+            self._written(line)
             self._lines.task_done()
             lost = self._lost + self._failed - self._told
-            if lost and taken and self._lines.empty():
-                self._told += lost
-                structlog.get_logger("hookd").warning("lines of the log were lost: nobody took them", count=lost)  # fmt: skip
+            if lost and not self._torn and self._lines.empty():
+                self._tell(lost)
 
-    def _written(self, line: bytes) -> bool:
-        rest = memoryview(line)
-        while rest:
-            try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:
-                select.select((), (self._descriptor,), ())
-            except OSError:
-                return False
-        return True
+    def _tell(self, lost: int) -> None:
+        failed = self._failed
+        log.warning("lines of the log were lost: nobody took them", count=lost)
+        if self._failed == failed:
+            self._told += lost
+            self._told_mono = time.monotonic()
+        else:
+            self._failed = failed  # the notice is no line that is missed
+
+    def _written(self, line: str) -> None:
+        data = line.encode("utf-8", "backslashreplace")
+        rest = memoryview(b"\n" + data if self._torn else data)
+        try:
+            while rest:
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except BlockingIOError:
+                    select.select((), (self._descriptor,), ())
+        except (OSError, ValueError):
+            self._failed += 1
+            self._torn = True
+        else:
+            self._torn = False
+
+
+class Foreign(logging.Handler):
+    """What libraries log through Python's own ``logging``, in the form of the rest; it holds up nobody either."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record over."""
+        try:
+            said = record.getMessage()
+        except (TypeError, ValueError):
+            said = str(record.msg)
+        log.warning("a library says", library=record.name, said=said, exc_info=record.exc_info or None)
 
 
 def configure(config: LogConfig, outlet: Outlet) -> None:
@@ -109,6 +147,7 @@ def configure(config: LogConfig, outlet: Outlet) -> None:
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", outlet)),
         cache_logger_on_first_use=False,
     )
+    logging.basicConfig(handlers=[Foreign(logging.WARNING)], force=True)
 
 
 AGAIN_S = 60.0
