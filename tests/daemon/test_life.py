@@ -163,9 +163,11 @@ async def _stops_with_one_in_flight(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what the limit is")
 def test_descriptors_are_raised_as_far_as_the_system_allows(dsn: str, tmp_path: Path) -> None:
-    daemon = DaemonProcess(
-        tmp_path, {"HOOKD_DATABASE__DSN": dsn}, ["sh", "-c", 'ulimit -S -n 150 && exec "$@"', "sh"]
-    )
+    """At the start: what a reload wants beyond that needs a restart, and is told."""
+    file = tmp_path / "c.toml"
+    file.write_text("")
+    settings = {"HOOKD_DATABASE__DSN": dsn, "HOOKD_CONFIG": str(file)}
+    daemon = DaemonProcess(tmp_path, settings, ["sh", "-c", 'ulimit -S -n 150 && exec "$@"', "sh"])
     try:
         daemon.wait_ready()
         limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
@@ -173,6 +175,9 @@ def test_descriptors_are_raised_as_far_as_the_system_allows(dsn: str, tmp_path: 
         soft, hard = line.split()[3:5]
         assert int(soft) == min(int(hard), 2 * 2000 + 1024)
         assert not daemon.said("fewer file descriptors")
+        file.write_text("[delivery]\nmax_in_flight = 100000\n")
+        daemon.signal(signal.SIGHUP)
+        assert daemon.wait_for("these keys have changed")["keys"] == ["delivery.max_in_flight"]
         assert daemon.stop() == 0
     finally:
         daemon.kill()
