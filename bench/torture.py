@@ -315,11 +315,13 @@ async def failover(run: Run) -> Found:
             rate = await _rate_now(scene, run)
             fault = scene.fault(lives=True)
             await asyncio.to_thread(primary.kill)
-            promoted = time.monotonic()
+            asked = time.monotonic()
             await asyncio.to_thread(standby.promote)
-            first = await scene.next_owner(promoted, another=False)
+            promoted = time.monotonic()
+            found.time("PostgreSQL's own promotion", promoted - asked)
+            first = await scene.next_owner(asked, another=False)
             fault.until = first + 0.1
-            found.time("promotion to the first delivery", first - promoted)
+            found.time("promotion to the first delivery", max(0.0, first - promoted))
             found.time(f"promotion to {RECOVERED:g} of the rate", await scene.steady(RECOVERED, rate, since=promoted, deadline_s=run.long(30, 5)))  # fmt: skip
             run.step()
             if n + 1 < run.trials:

@@ -41,8 +41,8 @@ STUCK_READ_S = 5.0
 
 ECHO_EVERY_S = 5.0
 
-ECHO_S = 3.0
-"""How long a notification to oneself may take."""
+ECHO_LOOKS = 20
+"""How often it is looked for, three seconds: not by the clock, which goes on while the process is stopped."""
 
 
 @dataclass(slots=True)
@@ -137,15 +137,14 @@ class Tenure:
             await asyncio.sleep(self._about(ECHO_EVERY_S))
 
     async def _hears(self, text: str) -> bool:
+        self.queue.listen_for(text)
         await self.maintenance.echo(ECHO + text)
-        until = self.clock.mono() + ECHO_S
-        while self.queue.heard != text:
-            if self.queue.waited_s() > 1.0:
-                return True  # it cannot hear while a read takes long: not now
-            if self.clock.mono() > until:
-                return False
+        for _ in range(ECHO_LOOKS):
+            # while a read takes long it cannot hear: not now
+            if self.queue.heard or self.queue.waited_s() > 1.0:
+                return True
             await asyncio.sleep(LOOK_S)
-        return True
+        return self.queue.heard
 
     def stalled(self) -> str:
         """Why PostgreSQL keeps deliveries from starting; empty if it does not."""

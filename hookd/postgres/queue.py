@@ -251,8 +251,9 @@ class Queue:
         self.lost = asyncio.Event()
         connection.add_termination_listener(lambda _: self.lost.set())
         self.statements = 0
-        self.heard = ""
-        """The last notification to oneself, of whichever daemon."""
+        self._listens_for = ""
+        self.heard = False
+        """Whether the notification that it listens for has come."""
         self._asked_mono: float | None = None
 
     def waited_s(self) -> float:
@@ -266,7 +267,8 @@ class Queue:
         def heard(_connection: object, _backend: int, _channel: str, payload: object) -> None:
             text = str(payload)
             if text.startswith(ECHO):
-                self.heard = text.removeprefix(ECHO)
+                # those of other daemons come too, perhaps in the same moment
+                self.heard = self.heard or text.removeprefix(ECHO) == self._listens_for
             else:
                 notified(text)
 
@@ -275,6 +277,10 @@ class Queue:
                 await self._connection.add_listener("hookd", heard)
 
         await self._run(listen)
+
+    def listen_for(self, text: str) -> None:
+        """Listen for a notification to oneself (``ECHO`` and this text) from now on, instead of the last one."""
+        self._listens_for, self.heard = text, False
 
     async def snapshot(self) -> tuple[Snapshot, float]:
         """The present snapshot, and the database's clock."""

@@ -186,6 +186,10 @@ class Process:
         return None if endpoint is None else endpoint.concurrency
 
 
+DEAFENING = {"deaf", "partition"}
+"""Faults that keep notifications from a daemon."""
+
+
 class DaemonLog:
     """What the daemon says, in the trace of the world."""
 
@@ -197,6 +201,10 @@ class DaemonLog:
             if self._world.tracing:
                 self._world.trace("".join(traceback.format_exception(about["exc_info"])))
             self._world.truth.wrong(f"a daemon says: {message}: {about['exc_info']!r}")
+        if message.startswith("notifications do not arrive") and self._world.faults.isdisjoint(DEAFENING):
+            self._world.truth.wrong(
+                "a daemon does not hear its own notifications, and nothing is in their way"
+            )
         if self._world.tracing:
             self._world.trace(f"log {level}: {message} " + " ".join(f"{k}={v}" for k, v in about.items()))
 
