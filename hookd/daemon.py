@@ -327,6 +327,7 @@ class Daemon:
             await maintenance.prepare()
             await owner.join()
             await owner.acquire(plan(await owner.look(), (), (), tuple).take)
+            await owner.find(self.dispatcher.begun())
             await self._write_kept(owner)
             feed = Feed(
                 queue,

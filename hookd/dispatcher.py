@@ -258,8 +258,12 @@ class Dispatcher:
 
     def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]:
         """Deliveries of these endpoints that are in flight, held, or not written yet."""
-        known = [d for d, _, _ in self._in_flight.values()] + [d for d, _ in self._held.values()]
-        return [d.id for d in known + self._recorder.unwritten() if d.endpoint in keys]
+        return [d.id for d in self.begun() if d.endpoint in keys]
+
+    def begun(self) -> list[Delivery]:
+        """Deliveries that are in flight, held, or not written yet: what outlives a session."""
+        held = [d for d, _ in self._held.values()]
+        return [d for d, _, _ in self._in_flight.values()] + held + self._recorder.unwritten()
 
     def total_waiting(self) -> int:
         """Deliveries that wait in memory."""

@@ -90,6 +90,7 @@ class Tenure:
             if todo.take:
                 gained = await owner.acquire(todo.take)
                 if gained:
+                    await owner.find([d for d in self.dispatcher.begun() if d.shard in gained])
                     log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
                     feed.own(gained)
 

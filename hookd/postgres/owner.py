@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from hookd.clock import Clock
+    from hookd.core.model import Delivery
 
 SHARD_LOCK_CLASS = 1752133483
 """First key of the shards' advisory locks: ``'hook'`` read as ASCII.  The second is the shard."""
@@ -82,6 +83,13 @@ update hookd.delivery d
   from unnest($1::uuid[], $2::bigint[], $3::smallint[], $4::double precision[]) as v (event_id, id, attempt, delay_s)
  where d.event_id = v.event_id and d.id = v.id and d.attempt = v.attempt
 returning d.id, d.due_at
+"""
+
+MOVED = """
+select d.id, d.shard
+  from unnest($1::uuid[], $2::bigint[], $3::smallint[]) as v (event_id, id, shard)
+  join hookd.delivery d on d.event_id = v.event_id and d.id = v.id
+ where d.shard <> v.shard
 """
 
 BURY = """
@@ -268,6 +276,19 @@ class OwnerSession:
         await self._run(
             self._connection.execute, FORWARD, list(endpoints), list(self.shards), list(under_way)
         )
+
+    async def find(self, deliveries: Sequence[Delivery]) -> None:
+        """
+        Learn in which shards the rows are of deliveries that were taken under other locks than these.
+
+        Whoever owned their shard meanwhile may have forwarded them; they are then another's to settle.
+        """
+        if not deliveries:
+            return
+        columns = [d.event.id for d in deliveries], [d.id for d in deliveries], [d.shard for d in deliveries]
+        moved = {r[0]: r[1] for r in await self._run(self._connection.fetch, MOVED, *columns)}
+        for delivery in deliveries:
+            delivery.shard = moved.get(delivery.id, delivery.shard)
 
     async def settle(self, results: Sequence[Result]) -> Settled:
         """

@@ -24,6 +24,7 @@ from hookd.core.sealing import PLAIN
 from hookd.postgres.connect import DatabaseUnavailable
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
+from hookd.recorder import Recorder
 from tests.producing import add_endpoint, fetch, send
 
 if TYPE_CHECKING:
@@ -90,6 +91,31 @@ def test_a_batch_that_is_settled_twice_counts_once(dsn: str, kind: VerdictKind) 
         assert [d.attempt for d in left] == ([1] * 5 if kind is VerdictKind.RETRY else [])
         (row,) = await fetch(dsn, "select count(*) from hookd.dead_letter")
         assert row["count"] == (5 if kind is VerdictKind.EXHAUSTED else 0)
+
+    run(dsn, work)
+
+
+def test_what_was_forwarded_meanwhile_is_another_owners_to_settle(dsn: str) -> None:
+    """A lost session left two results here; whoever owned their shard in between has forwarded one (simulation, seed 94924)."""
+
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        for _ in range(3):
+            await send(dsn)
+        forwarded, stays, gone = left = await pending(dsn)
+        shard = forwarded.shard
+        elsewhere = (shard + 1) % 64
+        await fetch(dsn, "update hookd.delivery set shard = $2 where id = $1", forwarded.id, elsewhere)
+        await fetch(dsn, "delete from hookd.delivery where id = $1", gone.id)
+        await owner.release({elsewhere})
+        await owner.find(left)
+        assert [d.shard for d in (forwarded, stays, gone)] == [elsewhere, shard, shard]
+        recorder = Recorder(SystemClock(), refused=BadBatch, report=lambda *_: None)
+        for delivery in left:
+            recorder.add(result(delivery))
+        await recorder.run(owner, None, until_empty=True)
+        assert [d.id for d in await pending(dsn)] == [forwarded.id]
+        assert recorder.dropped == 1
 
     run(dsn, work)
 

@@ -225,6 +225,11 @@ class Database:
             owner.UNLOCK_SHARDS: self._unlock_shards,
             owner.SETTLE_FINAL: self._settle_final,
             owner.SETTLE_RETRY: self._settle_retry,
+            owner.MOVED: lambda _s, a: [
+                (i, self.deliveries[i].shard)
+                for i, shard in zip(a[1], a[2], strict=True)
+                if i in self.deliveries and self.deliveries[i].shard != shard
+            ],
             owner.BURY: self._bury,
             owner.REPORT_EXHAUSTED: self._report_exhausted,
             owner.NOTE_HEALTH: self._note_health,

@@ -24,6 +24,7 @@ FOUND = {
     1676: "due times of an endpoint that had moved away were kept, and hid later ones when its shard came here (tests/test_feed.py)",
     3171: "an endpoint that changed while its shard was recovered was never read again (tests/test_feed.py)",
     20690: "a retry that another owner had made of a delivery in flight here was never read (tests/test_feed.py)",
+    94924: "a result that outlived its session was settled in a shard that its row had been forwarded to (tests/postgres/test_owner.py)",
     55609: "an older row of an order key arrived in a shard that its endpoint had left, and was not taken for older (tests/test_feed.py)",
     44984: "an older row of an order key came into a shard that another owner read, and was passed over (tests/test_feed.py)",
     39455: "a retry in a shard that its endpoint had left was forgotten when the endpoint's new shard was left (tests/test_feed.py)",
