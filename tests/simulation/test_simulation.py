@@ -13,10 +13,10 @@ from tests.simulation.mutants import MUTANTS, mutated
 from tests.simulation.regressions import FOUND
 from tests.simulation.world import World
 
-SEEDS = 1200
+SEEDS = 2000
 """In CI; ``python -m tests.simulation --seeds A-B`` runs as many as there is time for."""
 
-AT_ONCE = 60
+AT_ONCE = 50
 
 MUTANT_SEEDS = 100
 """Within so many each mutant has to be found."""
