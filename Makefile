@@ -16,7 +16,7 @@ demo: $(VENV)/.run ## receivers good and bad, and what hookd does about each
 	$(BIN)/hookd demo
 
 test: $(VENV)/.dev ## the whole test suite
-	$(BIN)/python -m pytest -q -n 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup $(ARGS)
 
 bench: $(VENV)/.bench ## the load scripts (up to 15 minutes); a report with plots in .bench
 	$(BIN)/python bench/all.py $(ARGS)
