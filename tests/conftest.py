@@ -119,6 +119,13 @@ def dsn(server_dsn: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def one_server(request: pytest.FixtureRequest) -> None:
+    """For what takes long and does not depend on PostgreSQL's version."""
+    if request.node.callspec.params.get("server_dsn") == "system":
+        pytest.skip("one server is enough")
+
+
+@pytest.fixture
 def start_daemon(dsn: str, tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
     """Starts daemons on the test's database, and ends those that still run."""
     daemons: list[DaemonProcess] = []

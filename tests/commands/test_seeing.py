@@ -517,6 +517,7 @@ def test_what_a_receiver_caused_cannot_move_the_cursor() -> None:
     assert "1 s ago: ?[2Jgone?for good" in painted(line, None, colour=False)
 
 
+@pytest.mark.usefixtures("one_server")
 def test_top_prints_frames(dsn: str, cli: Cli, start_daemon: Callable[..., DaemonProcess]) -> None:
     async def go() -> None:
         async with Receiver() as receiver:

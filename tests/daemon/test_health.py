@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import asyncpg
+import pytest
 
 from hookd.postgres import registry
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
@@ -75,6 +76,7 @@ def test_resuming_an_active_endpoint_begins_its_health_anew(
     asyncio.run(go())
 
 
+@pytest.mark.usefixtures("one_server")
 def test_a_parked_endpoint_stays_parked_over_a_restart_and_heals(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

@@ -47,6 +47,7 @@ def most_memory(pid: int) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+@pytest.mark.usefixtures("one_server")
 def test_an_honest_receiver_beside_hostile_ones(
     dsn: str, start_daemon: Callable[..., DaemonProcess], ports: tuple[int, int]
 ) -> None:

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.producing import add_endpoint_with_id, fetch, wait_empty, wait_for_row
 from tests.receiver import OK, Call, Receiver, always, answer
 
@@ -117,6 +119,7 @@ STOPPED = 8
 EACH = 30
 
 
+@pytest.mark.usefixtures("one_server")
 def test_receivers_stop_one_by_one_and_go_on_in_another_order(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

@@ -71,6 +71,7 @@ def test_closed_streams_are_not_taken_by_sockets(dsn: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("read", [True, False])
+@pytest.mark.usefixtures("one_server")
 def test_a_log_that_nobody_reads_holds_up_nothing(dsn: str, tmp_path: Path, *, read: bool) -> None:
     """It is read in the end, whole; or never, and the daemon ends all the same."""
     daemon = start(dsn, tmp_path, stderr=subprocess.PIPE)
