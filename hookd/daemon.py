@@ -326,8 +326,7 @@ class Daemon:
             stack.push_async_callback(maintenance.close)
             await maintenance.prepare()
             await owner.join()
-            await owner.acquire(plan(await owner.look(), (), (), tuple).take)
-            await owner.find(self.dispatcher.begun())
+            await owner.acquire(plan(await owner.look(), (), (), tuple).take, self.dispatcher.begun())
             await self._write_kept(owner)
             feed = Feed(
                 queue,

@@ -619,9 +619,8 @@ class Feed:
         room: Counter[EndpointKey] = Counter()
         taken = []
         for row in sorted(arrivals.rows):
-            if (
-                row.order_key is not None
-            ):  # also in a shard that its endpoint has left: it is older all the same
+            if row.order_key is not None:
+                # also in a shard that its endpoint has left: it is older all the same
                 self._heads.came((row.endpoint, row.order_key), row.id)
             if self._in_place(row) and self._hold_arrival(row, room):
                 taken.append(row)

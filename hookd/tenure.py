@@ -88,9 +88,8 @@ class Tenure:
                 await owner.release(idle)
                 log.info("shards handed over", count=len(idle), owned=len(owner.shards))
             if todo.take:
-                gained = await owner.acquire(todo.take)
+                gained = await owner.acquire(todo.take, self.dispatcher.begun())
                 if gained:
-                    await owner.find([d for d in self.dispatcher.begun() if d.shard in gained])
                     log.info("shards acquired", gained=len(gained), owned=len(owner.shards))
                     feed.own(gained)
 

@@ -247,14 +247,16 @@ class OwnerSession:
             taken=frozenset(row["shard"] for row in rows if not row["member"] and row["pid"] != me),
         )
 
-    async def acquire(self, shards: Sequence[int]) -> set[int]:
+    async def acquire(self, shards: Sequence[int], begun: Sequence[Delivery] = ()) -> set[int]:
         """
         Try to take the locks of these; returns those that were had.
 
-        Tried, not waited for: a lock request that waits would stall settling.
+        Tried, not waited for: a lock request that waits would stall settling.  What of ``begun`` was taken under other locks
+        is found before a shard counts as ours: nothing of it may be settled before.
         """
         rows = await self._run(self._connection.fetch, LOCK_SHARDS, list(shards), SHARD_LOCK_CLASS)
         gained = {row["id"] for row in rows if row["locked"]}
+        await self.find([d for d in begun if d.shard in gained])
         self.shards |= gained
         return gained
 
