@@ -134,6 +134,7 @@ class Load:
             delivery = Delivery(DeliveryId(number), EndpointKey(0), event, 0, 0)
             request = self.composers[number % len(self.composers)].compose(delivery, 1732392900)
             self.exchange.begin(request, None, done)
+            self.exchange.depart()
 
         def done(outcome: Outcome) -> None:
             nonlocal ended

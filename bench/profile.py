@@ -65,8 +65,9 @@ PARTS = (
     (REST, re.compile(r"hookd/|structlog|prometheus_client")),
 )  # fmt: skip
 
-IDLE_WORKER = "_queue_SimpleQueue_get"
-"""What a thread of the default executor does while it has nothing to do; py-spy takes that for work when it reads native frames."""
+IDLE = re.compile(r"_queue_SimpleQueue_get|Outlet\._run .*lock_PyThread_acquire_lock")
+"""What a thread of the default executor and that of the log do while they have nothing to do; py-spy takes that for work when it
+reads native frames."""
 
 ORDER = (*(name for name, _ in PARTS[:-1]), "system calls", "garbage collector", REST)
 
@@ -96,7 +97,7 @@ def shares(raw: str) -> tuple[int, Counter[str], dict[str, Counter[str]]]:
     functions: dict[str, Counter[str]] = {}
     for line in raw.splitlines():
         frames, _, count = line.rpartition(" ")
-        if IDLE_WORKER in frames:
+        if IDLE.search(frames):
             continue
         name, function = part(frames.split(";"))
         parts[name] += int(count)

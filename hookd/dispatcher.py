@@ -83,10 +83,12 @@ class Exchange(Protocol):
     """
     One signed POST (``net.exchange``).
 
-    ``done`` is told its outcome, later; ``turn`` is asked before each write to its host.
+    ``done`` is told its outcome, later; ``turn`` is asked before each write to its host.  What was begun is written when
+    ``depart`` is called, at the latest.
     """
 
     def begin(self, request: Request, turn: Turn | None, done: Callable[[Outcome], None]) -> Attempt: ...
+    def depart(self) -> None: ...
 
 
 class Preparer(Protocol):
@@ -345,7 +347,10 @@ class Dispatcher:
         if free <= 0:
             return  # the first exchange to end asks for a turn; a lane whose time has come would ask again and again
         ready = self._lanes.ready(now, free)
-        under_way = sum([self._start(delivery) for delivery in ready])
+        try:
+            under_way = sum([self._start(delivery) for delivery in ready])
+        finally:
+            self._exchange.depart()
         if under_way < len(ready) or len(ready) == TURN_MOST:
             # what ended without an exchange has freed its slot at once, and no exchange will ask for a turn
             self.poke()

@@ -77,6 +77,9 @@ class Exchange:
         self.bodies.append(request.body if request else b"")
         return Attempt(asyncio.create_task(self._go(done)))
 
+    def depart(self) -> None:
+        pass
+
     async def _go(self, done: Callable[[Outcome], None]) -> None:
         if self.hold is not None:
             await self.hold.wait()

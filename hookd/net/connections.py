@@ -3,7 +3,7 @@ Connections: opened through aiohttp's connector, kept in a pool of our own.
 
 aiohttp's connector gives what is hard to write well: TCP set-up and happy eyeballs.  Its pool is not used, for two
 reasons.  It reuses the connection that has been idle longest, which is the one most likely to be closed by the peer; and
-it hands out a connection on which the peer has already pushed bytes.  So: last in, first out, and ``Line.silent`` is asked
+it hands out a connection on which the peer has already pushed bytes.  So: last in, first out, and ``line.silent`` is asked
 before each use.
 
 The guard is here too: ``socket_factory`` sees the address that is about to be dialled, whatever a resolver said or was
@@ -28,7 +28,7 @@ from yarl import URL
 
 from hookd.core.addresses import TENANT_REASON, AddressRules, classify
 from hookd.core.model import ConnectFailure, OutcomeKind
-from hookd.net.line import Line
+from hookd.net.line import Line, silent
 from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
 if TYPE_CHECKING:
@@ -207,14 +207,23 @@ class Connections:
         return bool(self._idle.get(target.origin))
 
     def take(self, target: Target) -> Line | None:
-        """An idle connection to the target that is silent and alive; the one that was used last."""
+        """An idle connection to the target, the one that was used last; whether it is ``silent`` is still to be asked."""
         lines = self._idle.get(target.origin)
-        if lines is None:
+        if not lines:
             return None
-        oldest = self._mono() - IDLE_MOST_S
+        line = lines.pop()
+        if line.idle_since > self._mono() - IDLE_MOST_S:
+            return line
+        # the others have been idle for longer still
+        line.drop()
         while lines:
-            line = lines.pop()
-            if line.idle_since > oldest and line.silent():
+            lines.pop().drop()
+        return None
+
+    def take_silent(self, target: Target) -> Line | None:
+        """The same, to be used at once: those that are closed, or have something to say, are dropped."""
+        while (line := self.take(target)) is not None:
+            if silent((line,))[0]:
                 return line
             line.drop()
         return None

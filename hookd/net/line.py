@@ -27,7 +27,7 @@ from hookd.core.model import OutcomeKind
 from hookd.net.answer import excerpt, header_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hookd.core.model import Outcome
     from hookd.core.request import Request
@@ -106,12 +106,12 @@ class Line(asyncio.Protocol):
         "_mono",
         "_parser",
         "_payload",
-        "_poll",
         "_raw_headers",
         "_received",
         "_talking",
         "_transport",
         "_written_mono",
+        "descriptor",
         "idle_since",
         "origin",
         "tls_ms",
@@ -152,20 +152,15 @@ class Line(asyncio.Protocol):
         self.origin = origin
         self.idle_since = 0.0
         self.tls_ms = tls_ms
-        self._poll = select.poll()
-        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLPRI)
+        self.descriptor: int = transport.get_extra_info("socket").fileno()
         transport.set_protocol(self)
 
     def __repr__(self) -> str:
         return f"<Line {self.origin} {'asked' if self._asker is not None else 'idle'}>"
 
-    def silent(self) -> bool:
-        """
-        Whether it is open and has nothing to say; asked just before it is used.
-
-        An idle connection that is readable is closing or lying.
-        """
-        return not self._transport.is_closing() and not self._poll.poll(0)
+    def closing(self) -> bool:
+        """Whether it was closed: its descriptor may be another's by now."""
+        return self._transport.is_closing()
 
     def ask(self, asker: Asker) -> None:
         """Write a request; ``asker`` is told of its end, later."""
@@ -323,6 +318,20 @@ class Line(asyncio.Protocol):
         assert asker is not None
         self.drop()
         asker.unanswered(kind, reason, resend=resend)
+
+
+def silent(lines: Sequence[Line]) -> list[bool]:
+    """
+    Which of these are open and have nothing to say; asked just before they are used.
+
+    An idle connection that is readable is closing or lying.  One system call looks at all of them.
+    """
+    poll = select.poll()
+    for line in lines:
+        if not line.closing():
+            poll.register(line.descriptor, select.POLLIN | select.POLLPRI)
+    speaking = {descriptor for descriptor, _ in poll.poll(0)}
+    return [not line.closing() and line.descriptor not in speaking for line in lines]
 
 
 def reads_answers() -> bool:

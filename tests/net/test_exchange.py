@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import inspect
 import ipaddress
+import os
 import random
 import socket
 import ssl
@@ -33,7 +34,7 @@ from hookd.core.model import (
     Outcome,
     OutcomeKind,
 )
-from hookd.net.exchange import ExchangeOptions, HttpExchange, check_parts
+from hookd.net.exchange import Attempt, ExchangeOptions, HttpExchange, check_parts
 from hookd.net.resolver import Resolver
 from tests.receiver import OK, Call, Receiver, always, answer
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from hookd.core.request import Request
+    from hookd.net.line import Line
 
 LOOPBACK = AddressRules(allow=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")))
 
@@ -228,6 +230,69 @@ def test_bytes_that_come_while_it_is_idle_end_the_connection() -> None:
             await writers[0].drain()
             assert (await http.send(request(receiver.url))).status == 500
             assert receiver.connections == 2
+
+    asyncio.run(go())
+
+
+def test_of_many_that_depart_together_those_that_have_something_to_say_are_replaced() -> None:
+    """A group is looked at at once (``ABOARD_MOST``); each of its connections counts for itself."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handle(call: Call, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(answer(500, call.body))
+
+    async def go() -> None:
+        async with Receiver(handle) as receiver, exchange() as http:
+
+            async def all_at_once() -> list[Outcome]:
+                ended: list[asyncio.Future[Outcome]] = [asyncio.Future() for _ in range(40)]
+                for n, future in enumerate(ended):
+                    http.begin(request(receiver.url, b"%d" % n), None, future.set_result)
+                http.depart()
+                return await asyncio.gather(*ended)
+
+            await all_at_once()
+            assert receiver.connections == 40
+            for n, writer in enumerate(writers):
+                # past the event loop: it must not see them before they are used
+                descriptor = writer.get_extra_info("socket").fileno()
+                if n % 4 == 1:
+                    os.write(descriptor, OK)
+                elif n % 4 == 3:
+                    with socket.socket(fileno=os.dup(descriptor)) as end:
+                        end.shutdown(socket.SHUT_WR)
+            outcomes = await all_at_once()
+            assert [(o.status, o.body) for o in outcomes] == [(500, str(n)) for n in range(40)]
+            assert not any(o.resent for o in outcomes), "what was known to be bad was not written to"
+            assert receiver.connections == 60
+
+    asyncio.run(go())
+
+
+def test_a_fault_in_one_of_a_group_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        async with Receiver(always(OK)) as receiver, exchange() as http:
+            await asyncio.gather(*(http.send(request(receiver.url)) for _ in range(3)))
+            ask, asked = Attempt.ask, iter(range(3))
+
+            def faulty(attempt: Attempt, line: Line, *, reused: bool) -> None:
+                if next(asked, None) == 1:
+                    raise RuntimeError("a bug")
+                ask(attempt, line, reused=reused)
+
+            monkeypatch.setattr(Attempt, "ask", faulty)
+            ended = [asyncio.get_running_loop().create_future() for _ in range(3)]
+            for future in ended:
+                http.begin(request(receiver.url), None, future.set_result)
+            http.depart()
+            outcomes = await asyncio.gather(*ended)
+            assert [o.kind for o in outcomes] == [
+                OutcomeKind.ANSWERED,
+                OutcomeKind.OURS,
+                OutcomeKind.ANSWERED,
+            ]
+            assert isinstance(outcomes[1].fault, RuntimeError)
 
     asyncio.run(go())
 

@@ -154,6 +154,9 @@ class ScriptedExchange:
         exchange.begin()
         return exchange
 
+    def depart(self) -> None:
+        """Nothing waits for it here."""
+
 
 class Exchange:
     """One under way."""
