@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,14 +70,9 @@ class Seen:
     bad: int = 0
     """Not signed as they should be."""
 
-    def forget(self) -> None:
-        """Of what has ended."""
-        self.exchanges.clear()
-        self.numbers.clear()
-        self.bad = 0
 
-
-class Sent(Protocol):
+@dataclass(slots=True)
+class Sent:
     """What the producer knows."""
 
     committed: set[bytes]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 import asyncpg
-from account import Account, Exchange, Fault, Seen, account_of
+from account import Account, Exchange, Fault, Seen, Sent, account_of
 from clusters import Cluster, Programs, stop_all
 from witness import ANSWERED, BAD, LOST, MADE, OPENED, RECORD
 
@@ -71,8 +71,16 @@ select l.pid, l.objid::integer as shard from pg_locks l
 """
 
 SETTLED = """
-select a.event_id, extract(epoch from a.at)::double precision as at from hookd.attempt a where a.verdict = 'delivered'
+select a.event_id, extract(epoch from a.at)::double precision as at
+  from hookd.attempt a
+ where a.verdict = 'delivered' and a.event_id >= $1 and a.event_id < $2
 """
+
+DEAD = "select event_id from hookd.dead_letter where event_id >= $1 and event_id < $2"
+
+PENDING = "select event_id from hookd.delivery where event_id >= $1 and event_id < $2"
+
+NO_ID, EVERY_ID = bytes(16), b"\xff" * 16
 
 
 class Log(Seen):
@@ -112,9 +120,16 @@ class Log(Seen):
                 self.bad += 1
         return new
 
-    def forget(self) -> None:
-        super().forget()
-        self.opened.clear()
+    def take(self, until: bytes) -> Seen:
+        """Let go of what was seen of events with ids below this."""
+        taken = Seen(made=self.made, bad=self.bad)
+        self.bad = 0
+        for id_ in [i for i in self.exchanges if i < until]:
+            taken.exchanges[id_] = self.exchanges.pop(id_)
+            taken.numbers[id_] = self.numbers.pop(id_)
+        oldest = min((all_of_it[0].opened for all_of_it in self.exchanges.values()), default=float("inf"))
+        del self.opened[: bisect_left(self.opened, oldest)]
+        return taken
 
 
 class Hookd:
@@ -301,11 +316,17 @@ class Producer:
     async def _execute(connection: asyncpg.Connection, ids: list[bytes], numbers: list[int], hosts: list[int]) -> None:  # fmt: skip
         await connection.execute(INSERT, [UUID(bytes=i) for i in ids], numbers, hosts)
 
-    def forget(self) -> None:
-        for known in (self.numbers, self.begun, self.committed, self.unknown):
-            known.clear()
-        self._received_before = self._received
+    def take(self, until: bytes, requests: int) -> Sent:
+        """Let go of events with ids below this, of which so many ``requests`` have come."""
+        numbers = {i: self.numbers.pop(i) for i in [i for i in self.numbers if i < until]}
+        taken = Sent(self.committed & numbers.keys(), self.unknown & numbers.keys(), numbers, self.seconds)
+        for id_ in numbers:
+            del self.begun[id_]
+        self.committed -= taken.committed
+        self.unknown -= taken.unknown
+        self._received_before += requests
         self.seconds = 0.0
+        return taken
 
 
 class Scene:
@@ -338,6 +359,8 @@ class Scene:
         self._program = program
         self._hold_ms = hold_ms
         self._environment = dict(environment or {})
+        self._accounted = NO_ID
+        """What has an id below this is in an account already."""
         self._started = 0
         self._witness: subprocess.Popen[str] | None = None
 
@@ -579,19 +602,40 @@ class Scene:
         await self.look()
         await asyncio.sleep(max(self._hold_ms) / 1000 + 0.1)  # what was sent twice is answered twice
         await self.look()
-        async with self.sql() as connection:
-            settled: dict[bytes, float] = {}
-            for row in await connection.fetch(SETTLED):
-                settled[row["event_id"].bytes] = max(row["at"], settled.get(row["event_id"].bytes, 0.0))
-            dead = {
-                row["event_id"].bytes
-                for row in await connection.fetch("select event_id from hookd.dead_letter")
-            }
-            account = account_of(self.log, self.producer, self.faults, settled, dead, pending)
-            self.producer.forget()
-            self.log.forget()
-            self.faults.clear()
-            if not pending:
+        account = await self._account(EVERY_ID, pending)
+        self.faults.clear()
+        if not pending:
+            async with self.sql() as connection:
                 await connection.execute("set lock_timeout = '10s'")
                 await connection.execute("truncate hookd.attempt, hookd.event, hookd.dead_letter")
+        self._accounted = NO_ID
         return account
+
+    async def settle_older(self, than_s: float) -> Account:
+        """What became of events that were sent longer ago than this; the load goes on, and they are forgotten."""
+        until = int((time.time() - than_s) * 1000).to_bytes(6, "big") + bytes(10)
+        give_up = time.monotonic() + STUCK_S
+        async with self.sql() as connection:
+            while True:
+                pending = await self._ids(connection, PENDING, until)
+                if not pending or time.monotonic() > give_up:
+                    break
+                await asyncio.sleep(0.1)
+        await self.look()
+        return await self._account(until, pending)
+
+    async def _ids(self, connection: asyncpg.Connection, query: str, until: bytes) -> set[bytes]:
+        rows = await connection.fetch(query, UUID(bytes=self._accounted), UUID(bytes=until))
+        return {row["event_id"].bytes for row in rows}
+
+    async def _account(self, until: bytes, pending: set[bytes]) -> Account:
+        async with self.sql() as connection:
+            settled: dict[bytes, float] = {}
+            for row in await connection.fetch(SETTLED, UUID(bytes=self._accounted), UUID(bytes=until)):
+                settled[row["event_id"].bytes] = max(row["at"], settled.get(row["event_id"].bytes, 0.0))
+            dead = await self._ids(connection, DEAD, until)
+        seen = self.log.take(until)
+        sent = self.producer.take(until, sum(map(len, seen.exchanges.values())))
+        self._accounted = until
+        # in a thread: the load goes on
+        return await asyncio.to_thread(account_of, seen, sent, list(self.faults), settled, dead, pending)

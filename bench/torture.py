@@ -624,6 +624,8 @@ async def soak(run: Run) -> Found:
             scene.fault()
             victim.kill()
             victim = await scene.daemon()
+            # an hour of it would not fit into memory
+            found.account.add(await scene.settle_older(run.long(30, 2)))
             run.step()
         found.count("daemons that ended", not survivor.alive)
         if not run.short:
@@ -634,7 +636,7 @@ async def soak(run: Run) -> Found:
             slope = _slope(memory[len(memory) // 6 :]) * 3600
             found.shown["memory slope, MB/h"] = round(slope, 2)
             found.count("memory grows by 2 MB/h or more", slope >= 2)
-        found.account = await scene.settle_accounts()
+        found.account.add(await scene.settle_accounts())
     return found
 
 

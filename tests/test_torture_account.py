@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-from account import Account, Exchange, Fault, Seen, account_of
+from account import Account, Exchange, Fault, Seen, Sent, account_of
 
 WALL = 1_000_000.0
 """The wall clock, when the monotonic one says 0."""
-
-
-@dataclass
-class Sent:
-    committed: set[bytes] = field(default_factory=set)
-    unknown: set[bytes] = field(default_factory=set)
-    numbers: dict[bytes, int] = field(default_factory=dict)
-    seconds: float = 1.0
 
 
 def fault(at: float, *, until: float = 0.0, woken: float = 0.0) -> Fault:
@@ -40,7 +31,7 @@ def counted(
     for id_, connection, opened, answered, status in requests:
         exchange = Exchange(id_, 1, 0, connection, opened, answered, answered or opened + 0.5, status)
         seen.exchanges.setdefault(id_, []).append(exchange)
-    sent = Sent(committed={bytes([b]) for b in committed})
+    sent = Sent({bytes([b]) for b in committed}, set(), {}, 1.0)
     at = {id_: WALL + when for id_, when in (settled or {}).items()}
     return account_of(seen, sent, faults, at, {bytes([b]) for b in dead}, {bytes([b]) for b in pending})
 
