@@ -397,6 +397,9 @@ class Dispatcher:
             outcome = Outcome(OutcomeKind.INVALID, reason=str(problem), started_at=wall, url=endpoint.url)
             self._judge(delivery, outcome)
             return False
+        except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
+            self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
+            return False
         turn = Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
         try:
             attempt = self._exchange.begin(request, turn, done)

@@ -63,15 +63,21 @@ def content_type(form: BodyFormat) -> str:
     return CONTENT_TYPES[form]
 
 
+YEAR_1_S, YEAR_10000_S = -62_135_596_800, 253_402_300_800
+"""The years of four digits (RFC 3339, 1), in seconds since 1970."""
+
+
 def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source: str = "hookd") -> bytes:
     """
     The body of an event, written once and kept with it.
 
     Raises:
-        ValueError: a thin event without a thin_url.
+        ValueError: a thin event without a thin_url; an event that was written past hookd's checks.
     """
     written = event.bodies.get(form)
     if written is None:
+        if not YEAR_1_S <= event.created_at < YEAR_10000_S:
+            raise ValueError("the event's created_at is beyond the years that RFC 3339 can write")
         written = event.bodies[form] = _write(event, form, thin, source)
     return written
 

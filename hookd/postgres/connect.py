@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import asyncpg
 
 from hookd.postgres.embedded import EmbeddedProblem
+from hookd.postgres.times import as_datetimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -208,21 +209,16 @@ class Database:
         if dsn is not None:
             arguments["dsn"] = dsn
         if not self.hosts:
-            connection: asyncpg.Connection = await asyncpg.connect(**arguments)
-            return connection
+            return await _open(**arguments)
         # asyncpg has one deadline for all hosts, and stops at the first one that is starting up
         problems: list[Exception] = []
         for host, port in self.hosts:
             try:
-                connection = await asyncpg.connect(
-                    **arguments | {"host": host, "port": port, "timeout": NEXT_HOST_S}
-                )
+                return await _open(**arguments | {"host": host, "port": port, "timeout": NEXT_HOST_S})
             except Exception as error:
                 if unavailable(error) is None:
                     raise
                 problems.append(error)
-            else:
-                return connection
         said = "; ".join(f"{h}:{p}: {_problem(e)}" for (h, p), e in zip(self.hosts, problems, strict=True))
         raise asyncpg.PostgresConnectionError(said)
 
@@ -254,6 +250,17 @@ class Database:
         arguments["timeout"] = CONNECT_TIMEOUT_S
         arguments["server_settings"] = {"application_name": f"hookd {purpose}", "TimeZone": "UTC"}
         return arguments
+
+
+async def _open(**arguments: Any) -> asyncpg.Connection:
+    connection: asyncpg.Connection = await asyncpg.connect(**arguments)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await as_datetimes(connection)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 async def _make_lasting(connection: asyncpg.Connection) -> None:

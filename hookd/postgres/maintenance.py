@@ -67,7 +67,7 @@ on conflict (id) do update
 
 IMPATIENT = "select set_config('lock_timeout', '1s', false)"
 
-ECHO = "select pg_notify('hookd', $1)"
+ECHO = "select hookd.tell($1)"
 
 THIN_KEY = "select key from hookd.thin_key"
 

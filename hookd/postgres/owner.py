@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -29,6 +28,7 @@ from hookd.core.shares import View
 from hookd.postgres.connect import DatabaseRefused, refused
 from hookd.postgres.migrate import SchemaMismatch, pending
 from hookd.postgres.pooler import SHARED
+from hookd.postgres.times import as_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -152,6 +152,16 @@ ATTEMPT_COLUMNS = (
 )  # fmt: skip
 
 
+BAD_DATA = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    ValueError,
+    TypeError,
+    OverflowError,
+)
+"""What PostgreSQL, or its client on the way there, raises for a value that it cannot take."""
+
+
 class BadBatch(Exception):
     """PostgreSQL refused a batch for what is in it, not for its own state: the recorder takes it apart."""
 
@@ -184,16 +194,8 @@ class OwnerSession:
         connection.add_termination_listener(lambda _: self.lost.set())
 
     async def prepare(self) -> None:
-        """Let times be numbers on this connection: a datetime on the way to a COPY costs 1.5 µs a row."""
-        as_number = partial(
-            self._connection.set_type_codec,
-            "timestamptz",
-            schema="pg_catalog",
-            encoder=_to_microseconds,
-            decoder=_from_microseconds,
-            format="tuple",
-        )
-        await self._run(as_number, timeout=None)
+        """Let times be numbers, and learn who this session is."""
+        await self._run(as_numbers, self._connection, timeout=None)
         self.backend = await self._run(self._connection.fetchval, BACKEND)
 
     @property
@@ -351,7 +353,7 @@ class OwnerSession:
                     )
                     settled.statements += 1
                 await self._settle_consequences(written, settled)
-        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, TypeError) as error:
+        except BAD_DATA as error:
             raise BadBatch(str(error)) from error
         settled.statements += 2
         return settled
@@ -445,15 +447,3 @@ def _disabled_payload(row: asyncpg.Record) -> str:
             "reason": row["state_reason"],
         }
     )
-
-
-POSTGRES_EPOCH = 946_684_800
-"""2000-01-01, from where PostgreSQL counts."""
-
-
-def _to_microseconds(wall: float) -> tuple[int]:
-    return (round((wall - POSTGRES_EPOCH) * 1e6),)
-
-
-def _from_microseconds(at: tuple[int]) -> float:
-    return at[0] / 1e6 + POSTGRES_EPOCH

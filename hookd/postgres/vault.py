@@ -177,7 +177,17 @@ def opened(keyring: Keyring, row: asyncpg.Record) -> Opened:
     try:
         return Opened(
             tuple(Secret(unseal(keyring, row["id"], SIGNING, stored)) for stored in row["secrets"]),
-            json.loads(unseal(keyring, row["id"], HEADERS, row["headers"])) if row["headers"] else {},
+            _headers(unseal(keyring, row["id"], HEADERS, row["headers"])) if row["headers"] else {},
         )
     except CannotOpen as problem:
         return Opened(problem=str(problem))
+
+
+def _headers(text: str) -> Mapping[str, str]:
+    try:
+        headers = json.loads(text)
+    except ValueError:
+        headers = None
+    if not isinstance(headers, dict):
+        raise CannotOpen("its headers are no JSON object")
+    return headers

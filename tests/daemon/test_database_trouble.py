@@ -427,6 +427,34 @@ def test_somebody_locks_the_queue(dsn: str, start_daemon: Callable[..., DaemonPr
     asyncio.run(go())
 
 
+def test_somebody_locks_the_queue_for_longer_than_a_statement_may_take(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """All of it, for 33 s: sessions are given up and made anew, and what was sent before stays known and is sent once."""
+
+    async def go() -> None:
+        daemon = start_daemon(HOOKD_LIMITS__RATE="500")
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await fetch(
+                dsn, "insert into hookd.event (type, payload) select 'a', '1' from generate_series(1, 2000)"
+            )
+            await receiver.wait_for_calls(200)
+            migration = await asyncpg.connect(dsn)
+            await migration.execute(
+                "begin; lock table hookd.delivery, hookd.attempt in access exclusive mode"
+            )
+            await migration.execute("select pg_sleep(33)")
+            await migration.execute("rollback")
+            await migration.close()
+            await wait_empty(dsn)
+            assert len({c.event_id for c in receiver.calls}) == len(receiver.calls) == 2000
+            await wait_ready(daemon, 200)
+        assert daemon.stop() == 0
+
+    asyncio.run(go())
+
+
 def status(dsn: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hookd", "status"],
@@ -657,6 +685,47 @@ def test_notifications_do_not_arrive(
             assert wire.connections <= 8, "one new session was tried, not one after another"
 
     asyncio.run(go())
+
+
+def test_the_queue_of_notifications_is_full(run_daemon: Callable[..., DaemonProcess]) -> None:
+    """
+    Somebody listens in a transaction that does not end: notifications of the whole server find no place any more.
+
+    Every commit that carries one fails then.  Those of hookd's producers do not, and the daemon reads without being told.
+    """
+
+    async def go(dsn: str) -> None:
+        daemon = run_daemon(dsn)
+        async with Receiver() as receiver:
+            await add_endpoint(dsn, receiver.url)
+            await send(dsn)
+            await receiver.wait_for_calls(1)
+            listener, other = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+            await listener.execute("listen somebody")
+            await listener.execute("begin; select 1")
+            with pytest.raises(asyncpg.ProgramLimitExceededError):
+                for n in itertools.count():
+                    await other.execute("select pg_notify('somebody', $1)", f"{n} " + 7000 * "x")
+            # the flag says that the owner sleeps, so these would be notified
+            await wait_for_row(
+                dsn, "select 1 from hookd.shard where pg_sequence_last_value(sleeper) = 2", deadline_s=10
+            )
+            for n in range(20):
+                await other.execute("insert into hookd.event (type, payload) values ('a.b', $1)", str(n))
+            await receiver.wait_for_calls(21)
+            await add_endpoint(dsn, receiver.url.replace("/hook", "/later"))
+            await wait_said(daemon, "notifications do not arrive")
+            await listener.close()
+            await other.close()
+            await wait_said(daemon, "notifications arrive again")
+            await send(dsn)
+            await receiver.wait_for_calls(23)
+            await wait_empty(dsn)
+            assert len(receiver.calls) == 23
+        assert_said_once(daemon)
+
+    with cluster(max_notify_queue_pages="64") as server:
+        asyncio.run(go(server.create("crowded")))
 
 
 LOST = 5

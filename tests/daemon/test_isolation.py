@@ -174,3 +174,40 @@ def test_receivers_stop_one_by_one_and_go_on_in_another_order(
             assert not await fetch(dsn, "select from hookd.dead_letter")
 
     asyncio.run(go())
+
+
+FAR_S = 0.3
+
+
+@pytest.mark.usefixtures("one_server")
+def test_half_of_the_receivers_are_far_away(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+    """What is far is as fast as its limit of exchanges at once lets it be, and the near ones do not wait for it."""
+    start_daemon(HOOKD_LIMITS__CONCURRENCY="10")
+    at_once: list[int] = [0] * 5
+    peaks = at_once.copy()
+
+    def far(n: int) -> Receiver:
+        async def handle(_: Call, writer: asyncio.StreamWriter) -> None:
+            at_once[n] += 1
+            peaks[n] = max(peaks[n], at_once[n])
+            await asyncio.sleep(FAR_S)
+            at_once[n] -= 1
+            writer.write(OK)
+
+        return Receiver(handle)
+
+    async def go() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            distant = [await stack.enter_async_context(far(n)) for n in range(5)]
+            near = [await stack.enter_async_context(Receiver()) for _ in range(5)]
+            for receiver in (*distant, *near):
+                await add_endpoint_with_id(dsn, receiver.url)
+            await fetch(dsn, MANY, 100, "default")
+            for receiver in near:
+                await receiver.wait_for_calls(100)
+            assert sum(len(r.calls) for r in distant) < 500, "nobody near waited for them"
+            await wait_empty(dsn)
+            assert [len(r.calls) for r in (*distant, *near)] == [100] * 10
+            assert peaks == [10] * 5
+
+    asyncio.run(go())

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +23,6 @@ from tests.receiver import OK, Call, Receiver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
 Start = "Callable[..., DaemonProcess]"
 
@@ -281,6 +281,51 @@ def test_there_are_no_ports_left(dsn: str, tmp_path: Path, run_daemon: Callable[
             await wait_empty(dsn)
             assert len(log.read_text().splitlines()) == 40
         await assert_nobody_was_blamed(dsn, daemon, "no local ports left")
+
+    asyncio.run(go())
+
+
+def test_memory_is_bounded_however_slow_they_are(dsn: str, run_daemon: Callable[..., DaemonProcess]) -> None:
+    """Nobody answers: what is in flight and in memory is what docs/operating.md says, the rest stays in PostgreSQL."""
+    release = asyncio.Event()
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(OK)
+
+    most, payload, max_response = 1000, 1100, 16 * 1024
+    bound_mb = 70 + (most * (7000 + 2 * payload + max_response) + 4 * most * (600 + payload)) / 1e6
+
+    async def go() -> None:
+        daemon = run_daemon(
+            HOOKD_LIMITS__CONCURRENCY="0",
+            HOOKD_DELIVERY__MAX_IN_FLIGHT=str(most),
+            HOOKD_DELIVERY__TIMEOUT="1m",
+        )
+        await asyncio.to_thread(daemon.wait_ready)
+        async with contextlib.AsyncExitStack() as stack:
+            receivers = [await stack.enter_async_context(Receiver(handle)) for _ in range(20)]
+            for receiver in receivers:
+                await add_endpoint(dsn, receiver.url)
+            await fetch(
+                dsn,
+                """insert into hookd.event (type, payload)
+                   select 'a', '{"n": ' || n || ', "x": "' || repeat('x', 1000) || '"}' from generate_series(1, 5000) n""",
+            )
+            async with asyncio.timeout(30):
+                while sum(len(r.calls) for r in receivers) < 0.9 * most:  # n hosts leave one share free
+                    await asyncio.sleep(0.05)
+            assert await asyncio.to_thread(healthy, daemon)
+            rows = await fetch(dsn, "select count(*) from hookd.delivery")
+            assert rows[0]["count"] == 100_000
+            assert sum(len(r.calls) for r in receivers) < most
+            status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+            (peak,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+            assert peak / 1000 < bound_mb, "docs/operating.md"
+            release.set()
+            async with asyncio.timeout(60):
+                while sum(len(r.calls) for r in receivers) < 3 * most:
+                    await asyncio.sleep(0.05)
 
     asyncio.run(go())
 

@@ -253,6 +253,23 @@ def test_type_patterns(dsn: str, patterns: list[str], type_: str, matches: bool)
     assert rows[0]["count"] == matches
 
 
+@pytest.mark.parametrize("type_", ["a", "a.b", "a.b.c", "a.b.c.d", "a.", "ä.ö", "a-b.c_d"])
+def test_one_event_is_matched_as_many_are(dsn: str, type_: str) -> None:
+    """One event goes a way of its own through the fan-out, and types with few dots another."""
+    (rows,) = on(dsn, f"select unnest(hookd.type_patterns('{type_}')) as pattern")
+    patterns = [row["pattern"] for row in rows]
+    assert patterns[:2] == ["*", type_]
+    assert patterns[2:] == [type_[: n + 1] + "*" for n, letter in enumerate(type_) if letter == "."]
+    for n, pattern in enumerate([*patterns, "b", "b.*"]):
+        endpoints(dsn, f"http://127.0.0.1:{9001 + n}/", types=[pattern])
+    asyncio.run(send(dsn, type_))
+    (one,) = on(dsn, "select endpoint from hookd.delivery order by endpoint")
+    assert len(one) == len(patterns)
+    on(dsn, f"insert into hookd.event (type, payload) select '{type_}', '1' from generate_series(1, 2)")
+    (all_,) = on(dsn, "select endpoint from hookd.delivery order by id")
+    assert [r["endpoint"] for r in all_] == 3 * [r["endpoint"] for r in one]
+
+
 def test_tenants_do_not_see_each_other(dsn: str) -> None:
     endpoints(dsn, "http://127.0.0.1:9001/", tenant="acme")
     asyncio.run(send(dsn, tenant="other"))
