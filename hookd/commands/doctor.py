@@ -199,7 +199,7 @@ def health_findings(found: DatabaseHealth) -> list[Finding]:
             "notifications",
             "ok" if found.notify_usage < NOTIFY_MOST else "fail",
             f"the queue is {found.notify_usage:.0%} full"
-            + ("; when it is full commits fail: end the session that listens in an open transaction" if found.notify_usage >= NOTIFY_MOST else ""),
+            + ("; when it is full every commit that notifies fails (those that insert events do not): end the session that listens in an open transaction" if found.notify_usage >= NOTIFY_MOST else ""),
         )
     )  # fmt: skip
     few = [f"{table} {days}" for table, days in sorted(found.ahead.items()) if days < 1]

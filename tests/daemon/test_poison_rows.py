@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
 from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
 
+from tests.cli import Cli
 from tests.producing import add_endpoint, send
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.daemon_process import DaemonProcess
 
@@ -152,7 +156,7 @@ def statements() -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("one_server")
-def test_poison_rows(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
+def test_poison_rows(dsn: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]) -> None:
     async def go() -> None:
         daemon = start_daemon(HOOKD_RETRY__SCHEDULE='["50ms"]')
         connection = await asyncpg.connect(dsn)
@@ -182,7 +186,30 @@ def test_poison_rows(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> No
             assert nameless == 0, "each says why"
             unwritable = await connection.fetchval("select id from hookd.delivery where attempt = 32767")
             assert [line["delivery_id"] for line in daemon.said("not stored")] == [unwritable] * 2
+            odd = [
+                str(row["id"])
+                for row in await connection.fetch(
+                    "select id from hookd.event where tenant = 'poisoned' and type <> 'fine' order by created_at"
+                )
+            ]
         await connection.close()
+        # whoever looks at them sees them
+        cli = Cli(dsn, tmp_path)
+        for command in (
+            "status",
+            "endpoint list",
+            "event list --tenant poisoned",
+            "attempts",
+        ):
+            cli.ok(*command.split())
+        for event in odd[::9]:
+            cli.ok("event", "show", event)
+        for path in ("", "events", "endpoints", "deliveries", *[f"events/{event}" for event in odd]):
+            try:
+                urllib.request.urlopen(f"{daemon.admin}/{path}", timeout=30).close()
+            except urllib.error.HTTPError as error:
+                with error:
+                    pytest.fail(f"{path}: {daemon.wait_for('a request to the admin server failed')}")
         assert daemon.process.poll() is None
         assert not daemon.said("internal error")
         assert not daemon.said("database lost")
