@@ -17,6 +17,8 @@ from tests.receiver import Receiver
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 
 @pytest.fixture
 def cli(dsn: str, tmp_path: Path) -> Cli:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tests.daemon_process import DaemonProcess
     from tests.receiver import Call
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 INSERT = """
 insert into hookd.attempt (at, delivery_id, event_id, endpoint, attempt, verdict)
 select clock_timestamp() - make_interval(secs => $2), $1, hookd.uuid7(), 1, 1, 'delivered'

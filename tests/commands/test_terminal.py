@@ -36,6 +36,8 @@ from tests.producing import add_endpoint_with_id, fetch, send
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 BIN = Path(sys.executable).parent
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 ENDPOINT = b'{"url": "http://127.0.0.1:9001/"}'

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 QUICK = {"HOOKD_RETRY__SCHEDULE": '["100ms", "150ms"]', "HOOKD_DELIVERY__TIMEOUT": "2s"}
 
 

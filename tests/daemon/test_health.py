@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 MANY = (
     "insert into hookd.event (type, payload) select 'thing.made', '{}' from generate_series(1, $1::integer)"
 )
@@ -76,7 +78,6 @@ def test_resuming_an_active_endpoint_begins_its_health_anew(
     asyncio.run(go())
 
 
-@pytest.mark.usefixtures("one_server")
 def test_a_parked_endpoint_stays_parked_over_a_restart_and_heals(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

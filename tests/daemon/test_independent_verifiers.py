@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tests.daemon_process import DaemonProcess
     from tests.receiver import Call
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 HERE = Path(__file__).parents[1] / "verifiers"
 
 INSTALL_S = 60.0

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 MANY = """
 insert into hookd.event (type, payload, tenant) select 'thing.made', '{}', $2 from generate_series(1, $1::integer)
 """
@@ -119,7 +121,6 @@ STOPPED = 8
 EACH = 30
 
 
-@pytest.mark.usefixtures("one_server")
 def test_receivers_stop_one_by_one_and_go_on_in_another_order(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
@@ -179,7 +180,6 @@ def test_receivers_stop_one_by_one_and_go_on_in_another_order(
 FAR_S = 0.3
 
 
-@pytest.mark.usefixtures("one_server")
 def test_half_of_the_receivers_are_far_away(dsn: str, start_daemon: Callable[..., DaemonProcess]) -> None:
     """What is far is as fast as its limit of exchanges at once lets it be, and the near ones do not wait for it."""
     start_daemon(HOOKD_LIMITS__CONCURRENCY="10")

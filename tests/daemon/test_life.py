@@ -26,6 +26,8 @@ from tests.receiver import OK, Call, Receiver, answer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 Start = "Callable[..., DaemonProcess]"
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 MANY = """
 insert into hookd.event (type, payload, tenant) select 'thing.made', '{}', $2 from generate_series(1, $1::integer)
 """

@@ -24,6 +24,8 @@ from tests.receiver import OK, Call, Receiver
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 Start = "Callable[..., DaemonProcess]"
 
 MANY = (
@@ -37,9 +39,7 @@ IN_A_NETWORK_OF_ITS_OWN = pytest.mark.skipif(
 
 
 @pytest.fixture
-def dsn(request: pytest.FixtureRequest, dsn: str) -> str:
-    if request.node.callspec.params.get("server_dsn") == "system":
-        pytest.skip("one version of PostgreSQL is enough for what the network does")
+def dsn(dsn: str) -> str:
     if "host=" not in dsn:
         pytest.skip("PostgreSQL has to be on a Unix socket: another network does not reach it otherwise")
     return dsn

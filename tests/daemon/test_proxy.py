@@ -6,6 +6,8 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.net.test_tunnel import ProxyServer
 from tests.producing import add_endpoint, fetch, send, wait_empty
 from tests.receiver import Receiver
@@ -13,9 +15,9 @@ from tests.receiver import Receiver
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
-
     from tests.daemon_process import DaemonProcess
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 
 def test_deliveries_go_through_and_a_dead_proxy_uses_up_no_attempt(

@@ -26,6 +26,8 @@ from tests.receiver import Receiver
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 MANY = "insert into hookd.event (type, payload) select 'a', '1' from generate_series(1, $1::integer)"
 
 EVENTS = 2000
@@ -71,7 +73,6 @@ def test_closed_streams_are_not_taken_by_sockets(dsn: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("read", [True, False])
-@pytest.mark.usefixtures("one_server")
 def test_a_log_that_nobody_reads_holds_up_nothing(dsn: str, tmp_path: Path, *, read: bool) -> None:
     """It is read in the end, whole; or never, and the daemon ends all the same."""
     daemon = start(dsn, tmp_path, stderr=subprocess.PIPE)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tests.daemon_process import DaemonProcess
     from tests.receiver import Call
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 SOON = json.dumps(["500ms"] * 90)
 
 REQUIRED: dict[str, Any] = {"HOOKD_SECURITY__REQUIRE_VERIFICATION": "true"}

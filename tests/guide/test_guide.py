@@ -40,6 +40,8 @@ from tests.receiver import Receiver
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 ROOT = Path(__file__).parents[2]
 
 EXAMPLE = parse_catalogue(text_of("text/events.toml"))

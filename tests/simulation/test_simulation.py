@@ -13,7 +13,7 @@ from tests.simulation.mutants import MUTANTS, mutated
 from tests.simulation.regressions import FOUND
 from tests.simulation.world import World
 
-SEEDS = 1000
+SEEDS = 2000
 """In CI; ``python -m tests.simulation --seeds A-B`` runs as many as there is time for."""
 
 AT_ONCE = 50
