@@ -270,6 +270,33 @@ def test_of_many_that_depart_together_those_that_have_something_to_say_are_repla
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_what_departs_is_written_before_anything_else_is_read(authority: trustme.CA, secure: bool) -> None:
+    """A loop that kept it until it had read all sockets would take what was pushed meanwhile for the answer to it."""
+    ends: list[int] = []
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        ends.append(writer.get_extra_info("socket").fileno())
+        writer.write(OK)
+
+    async def go() -> None:
+        context = server_context(authority, "localhost") if secure else None
+        async with (
+            Receiver(handle, context=context) as receiver,
+            exchange(context=client_context(authority) if secure else None) as http,
+        ):
+            await http.send(request(receiver.url))
+            ended: asyncio.Future[Outcome] = asyncio.Future()
+            http.begin(request(receiver.url), None, ended.set_result)
+            http.depart()
+            with socket.socket(fileno=os.dup(ends[0])) as end:
+                assert end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT), "the request is there"
+            assert (await ended).status == 200
+            assert receiver.connections == 1
+
+    uvloop.run(go())
+
+
 def test_a_fault_in_one_of_a_group_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
         async with Receiver(always(OK)) as receiver, exchange() as http:
