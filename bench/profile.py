@@ -50,7 +50,7 @@ COLLECTOR = re.compile(
 
 # The first that a frame matches, by its file; frames that match none belong to whoever called them.
 PARTS = (
-    ("feed", re.compile(r"hookd/(feed|core/reads)\.py")),
+    ("feed", re.compile(r"hookd/(feed|core/(reads|backlogs|heads|states))\.py")),
     ("lanes, limits, breaker", re.compile(r"hookd/(core/(lanes|limits|breaker)|pacing)\.py")),
     ("signing", re.compile(r"hookd/core/signing\.py")),
     ("compose", re.compile(r"hookd/core/(composer|bodies|request|headers)\.py")),

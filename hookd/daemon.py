@@ -409,7 +409,7 @@ class Daemon:
             if self.tenure is not None:
                 self.tenure.feed.reread_endpoints()
         if self.tenure is not None:
-            self.tenure.feed.window = READ_AHEAD * config.delivery.max_in_flight
+            self.tenure.feed.backlogs.window = READ_AHEAD * config.delivery.max_in_flight
             self._telling = asyncio.create_task(self._tell_settings(self.tenure.maintenance))
         self._renew_rules()
         self.exchange.options = self._options()

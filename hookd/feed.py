@@ -4,13 +4,7 @@ The feed: from the queue in PostgreSQL into the lanes.
 A feed lives as long as the session that owns the shards.  What it remembers (its snapshot, its places, which rows are
 in memory) is true only under those locks; after any reconnect a new feed recovers.
 
-What it knows of an endpoint is its ``Backlog``:
-
-- ``place``: fresh rows (no due time) above this id may be in the queue and not in memory.  None: every fresh row that
-  the last read saw is in memory.
-- ``due_place`` and ``next_due``: rows with a due time are in memory up to ``due_place``; the next one behind it
-  becomes due at ``next_due``.
-
+What it knows of an endpoint's rows that are not in memory is in ``core.backlogs``: *places*, behind which there may be more.
 Four reads move these.  *Recovery* sets places for all endpoints that have rows.  *Arrivals* brings the rows that the
 last snapshot did not see; they are held while there is room, and behind a place they are left for the refill.
 *Refill* reads on from the places.  *Heads* brings the oldest row of an order key.
@@ -31,18 +25,18 @@ sleep, with a slow poll as a backstop: NOTIFY is a hint, the read is the truth.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import heapq
 from collections import Counter, deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
+from hookd.core.backlogs import Backlogs, Memory
 from hookd.core.heads import Heads
 from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
 from hookd.core.states import States
 
 if TYPE_CHECKING:
+    import datetime
     from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 
     from hookd.clock import Clock
@@ -70,23 +64,8 @@ BUSY_WITHIN_S = 0.25
 ENDPOINT_POLL_S = 0.5
 """Changes of endpoints notify; this is their backstop."""
 
-QUEUE_LEAST, QUEUE_MOST = 4, 1024
-"""Rows of one endpoint in memory: it starts with the least, and its bound moves by how soon it asks for more."""
-
-SOON_S = 0.1
-LATE_S = 2.0
-"""A queue that asks again within ``SOON_S``, or was dry when it was looked at, gets twice the bound; one that took ``LATE_S``
-gets half.  (With 0.2 s eight hosts at 1,900/s each held 1,024 rows, as fast as with 512, and 5 MB more.)"""
-
 RECLAIM_S = 1.0
 """Between looks at whether memory holds too much that does not move."""
-
-REFILL_MOST = 2000
-"""Rows of one refill statement."""
-
-REFILL_TIMED_MOST = 500
-"""The same of rows with a due time: one read of their events, and then arrivals come first again.  (Beside a replay that kept
-the daemon busy fresh events started after 115 ms at the median and 240 ms at p99; with 2,000 after 190 and 700.)"""
 
 EVENTS_AT_ONCE = 500
 """Events of one read, and rows that are let into memory together: with a refill of 2,000 let in as one, 500 exchanges in
@@ -100,11 +79,6 @@ OVER = frozenset({EndpointState.DISABLED, EndpointState.REMOVED})
 
 REPLACED_AT_ONCE = 1000
 """Rows of one coalesce key that end in one read."""
-
-ROUNDING = datetime.timedelta(milliseconds=1)
-"""A due time as a float is not exact to the microsecond."""
-
-LONG_AGO = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 
 
 class Reads(Protocol):
@@ -135,7 +109,7 @@ class Forwarder(Protocol):
     async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None: ...
 
 
-class Line(Protocol):
+class Line(Memory, Protocol):
     """Where deliveries go (the dispatcher)."""
 
     def serve(self, endpoint: Endpoint) -> None: ...
@@ -143,36 +117,7 @@ class Line(Protocol):
     def admit(self, delivery: Delivery) -> None: ...
     def withdraw(self, key: EndpointKey, *, beyond: int = 0) -> list[Delivery]: ...
     def withdraw_one(self, key: EndpointKey, delivery_id: DeliveryId) -> Delivery | None: ...
-    def waiting(self, key: EndpointKey) -> int: ...
-    def waiting_timed(self, key: EndpointKey) -> int: ...
     def under_way(self, keys: Collection[EndpointKey]) -> list[DeliveryId]: ...
-    def total_waiting(self) -> int: ...
-    def backed_up(self) -> bool: ...
-
-
-@dataclass(slots=True)
-class Share:
-    """How many rows of one kind, fresh or with a due time, memory should hold of an endpoint."""
-
-    bound: int = QUEUE_LEAST
-    asked_mono: float = 0.0
-
-
-@dataclass(slots=True)
-class Backlog:
-    """
-    What the feed knows of an endpoint's rows that are not in memory.
-
-    The two kinds have a share each: 100,000 retries or replays that wait for a slow host must not keep what is fresh out of memory.
-    """
-
-    place: int | None = None
-    due_place: tuple[datetime.datetime, int] = (LONG_AGO, 0)
-    next_due: float | None = None
-    due_now: bool = False
-    """``next_due`` has come."""
-    fresh: Share = field(default_factory=Share)
-    timed: Share = field(default_factory=Share)
 
 
 class Feed:
@@ -192,8 +137,6 @@ class Feed:
         self._forwarder = forwarder
         self._line = line
         self._clock = clock
-        self.window = window
-        """Rows in memory."""
         self.shards: set[int] = set()
         self.known: set[DeliveryId] = set(known)
         """In memory: waiting, in flight, or settled and not yet written."""
@@ -201,16 +144,9 @@ class Feed:
         """Settled while a read was under way that may still show them."""
         self._reading = False
         self._rescheduled_meanwhile: list[tuple[Delivery, float]] = []
-        self._backlogs: dict[EndpointKey, Backlog] = {}
+        self.backlogs = Backlogs(line, clock.mono, window)
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         """As last read; the dispatcher may know of a failure that is not written yet."""
-        self._hungry: dict[EndpointKey, None] = {}
-        """Endpoints with a place and perhaps room, in the order in which they are served."""
-        self._dues: list[tuple[float, EndpointKey]] = []
-        self._due_now: dict[EndpointKey, None] = {}
-        """Endpoints with rows that have fallen due and perhaps room."""
-        self._full: set[EndpointKey] = set()
-        """Endpoints with more in the queue and no room: they cost nothing until something of theirs is started."""
         self._moved: set[EndpointKey] = set()
         """Endpoints with rows of ours that are to be forwarded."""
         self._moved_until: dict[EndpointKey, float] = {}
@@ -236,10 +172,7 @@ class Feed:
         """Rows taken so far."""
 
     def __repr__(self) -> str:
-        return (
-            f"<Feed shards={len(self.shards)} known={len(self.known)} hungry={len(self._hungry)} "
-            f"due={len(self._dues)}>"
-        )
+        return f"<Feed shards={len(self.shards)} known={len(self.known)} {self.backlogs!r}>"
 
     # What others tell the feed.
 
@@ -260,11 +193,10 @@ class Feed:
 
     def room(self, started: Iterable[Delivery]) -> None:
         """These left the lanes for the network: there may be room for more."""
-        if self._full:
+        if self.backlogs.any_full():
             for delivery in started:
-                key = delivery.endpoint
-                if key in self._full and (self._wanted(key, timed=False) or self._wanted(key, timed=True)):
-                    self._look_again(key)
+                if self.backlogs.room(delivery.endpoint):
+                    self._wake.set()
 
     def own(self, shards: Iterable[int]) -> None:
         """These shards have been locked: recover them."""
@@ -305,7 +237,7 @@ class Feed:
         for delivery in dropped:
             self._forget(delivery)
             self._look_for(delivery)
-        if self._moved or self._heads or self._states or self._hungry or self._dues or self._due_now:
+        if self._moved or self._heads or self._states or self.backlogs:
             self._wake.set()
 
     def db_now(self) -> float:
@@ -332,7 +264,7 @@ class Feed:
             now = self._clock.mono()
             if now - reclaimed > RECLAIM_S:
                 reclaimed = now
-                self._reclaim(now)
+                self._reclaim()
             if self._endpoints_asked or now - endpoints_read > ENDPOINT_POLL_S:
                 self._endpoints_asked = False
                 endpoints_read = now
@@ -341,7 +273,7 @@ class Feed:
             if active:
                 quiet_since = now
                 brought.append(now)
-                plenty = self._line.total_waiting() > self.window // 4
+                plenty = self._line.total_waiting() > self.backlogs.window // 4
                 if asleep and (plenty or now - brought[0] < BUSY_WITHIN_S):
                     await self._reads.flag_sleep(self.shards, asleep=False)
                     asleep, horizon = False, None
@@ -387,8 +319,9 @@ class Feed:
 
     async def _rest(self, longest_s: float, *, early: bool = True) -> None:
         """Wait to be woken, at most so long and not beyond the next due time.  Not ``early``: the whole pause."""
-        if self._dues:
-            longest_s = max(0.0, min(longest_s, self._dues[0][0] - self.db_now()))
+        next_due = self.backlogs.next_due()
+        if next_due is not None:
+            longest_s = max(0.0, min(longest_s, next_due - self.db_now()))
         if not early:
             await asyncio.sleep(longest_s)
             return
@@ -433,10 +366,10 @@ class Feed:
                 self._moved.add(key)
         for key in fresh:
             if self._ours(key):
-                self._lower_place(key, 0)
+                self.backlogs.lower_place(key, 0)
         for key, due_at in due:
             if self._ours(key):
-                self._due(key, due_at)
+                self.backlogs.due(key, due_at)
         self.recovered.set()
 
     def _ours(self, key: EndpointKey) -> bool:
@@ -502,10 +435,7 @@ class Feed:
         key = endpoint.key
         for delivery in self._line.withdraw(key):
             self._forget(delivery)
-        self._backlogs.pop(key, None)
-        self._hungry.pop(key, None)
-        self._due_now.pop(key, None)
-        self._full.discard(key)
+        self.backlogs.forget(key)
         if self.shards.intersection(endpoint.former_shards):
             self._moved.add(key)
             self._wake.set()
@@ -540,7 +470,8 @@ class Feed:
         if before == endpoint and served is not None and served.health == endpoint.health:
             # (resuming an endpoint makes its row what it was when it was read, though it has failed meanwhile)
             return
-        self._look_again(endpoint.key)
+        if self.backlogs.look_again(endpoint.key):
+            self._wake.set()
         if endpoint.shard not in self.shards:
             self._let_go(endpoint)
             if before is not None:
@@ -562,10 +493,8 @@ class Feed:
             self._moved.add(endpoint.key)
         # read anew from the start: a pause let go of what was in memory, an ending takes all, and rows may have arrived in
         # this shard while it was thought to be in another
-        self._backlogs[endpoint.key] = Backlog()
+        self.backlogs.restart(endpoint.key)
         self._heads.doubt({endpoint.key})
-        self._lower_place(endpoint.key, 0)
-        self._due(endpoint.key, 0.0)
         self._wake.set()
 
     def _serve(self, endpoint: Endpoint) -> None:
@@ -612,7 +541,7 @@ class Feed:
         """Whether there were any.  ``ahead`` are heads that were read before: they go in unless an older one has come now."""
         assert self._since is not None
         self._reading = True
-        arrivals = await self._reads.arrivals(self._since, self.shards, self.window)
+        arrivals = await self._reads.arrivals(self._since, self.shards, self.backlogs.window)
         self._since = arrivals.snapshot
         self._db_offset = arrivals.db_now - self._clock.mono()
         await self._know({r.endpoint for r in arrivals.rows} | {p.endpoint for p in arrivals.places})
@@ -629,10 +558,10 @@ class Feed:
         for place in arrivals.places:
             if self._ours(place.endpoint):
                 if place.first_id is not None:
-                    self._lower_place(place.endpoint, place.first_id - 1)
+                    self.backlogs.lower_place(place.endpoint, place.first_id - 1)
                 if place.first_due is not None:
-                    self._lower_due_place(place.endpoint, place.first_due)
-                    self._due(place.endpoint, place.first_due)
+                    self.backlogs.lower_due_place(place.endpoint, place.first_due)
+                    self.backlogs.due(place.endpoint, place.first_due)
         self._taken_in()
         await self._admit(taken + [row for row in ahead if self._still_first(row)])
         return bool(arrivals.rows or arrivals.places or ahead)
@@ -676,21 +605,19 @@ class Feed:
     def _hold_due(self, row: Row, room: Counter[EndpointKey]) -> bool:
         assert row.due_at is not None
         if row.due_at.timestamp() > self.db_now():
-            self._due_later(row)
+            self.backlogs.later(row)
             return False
-        if not self._has_room(row.endpoint, room, timed=True):
-            backlog = self._backlog(row.endpoint)
-            backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
-            self._due(row.endpoint, 0.0)
+        if not self.backlogs.has_room(row.endpoint, room, timed=True):
+            self.backlogs.put_back(row)
             return False
         return True
 
     def _hold_fresh(self, row: Row, room: Counter[EndpointKey]) -> bool:
-        place = self._backlog(row.endpoint).place
+        place = self.backlogs.of(row.endpoint).place
         if place is not None and row.id > place:
             return False
-        if not self._has_room(row.endpoint, room, timed=False):
-            self._lower_place(row.endpoint, row.id - 1)
+        if not self.backlogs.has_room(row.endpoint, room, timed=False):
+            self.backlogs.put_back(row)
             return False
         return True
 
@@ -709,7 +636,7 @@ class Feed:
             if self._state(row.endpoint) is EndpointState.PAUSED:
                 continue
             if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
-                self._due_later(row)
+                self.backlogs.later(row)
             elif self._takes(row, head=ordered):
                 taken.append(row)
         self._taken_in()
@@ -734,12 +661,12 @@ class Feed:
         await self._admit(taken)
 
     async def _refill_due(self) -> bool:
-        demands = self._demand_due()
+        demands = [
+            (*demand, self._ended(demand[0]))
+            for demand in self.backlogs.demand_due(self.db_now(), self._mine, self._may_read)
+        ]
         if not demands:
             return False
-        for key, *_ in demands:
-            backlog = self._backlog(key)
-            backlog.next_due, backlog.due_now = None, False
         self._reading = True
         rows = await self._reads.refill_due(demands)
         await self._know({row.endpoint for row in rows})
@@ -750,49 +677,25 @@ class Feed:
         for row in rows:
             assert row.due_at is not None
             if row.later:
-                self._due(row.endpoint, row.due_at.timestamp())
+                self.backlogs.due(row.endpoint, row.due_at.timestamp())
                 continue
             if row.endpoint in resumed and row.due_at.timestamp() > self.db_now():
-                self._due_later(row)
+                self.backlogs.later(row)
                 continue
             counts[row.endpoint] += 1
-            backlog = self._backlog(row.endpoint)
+            backlog = self.backlogs.of(row.endpoint)
             backlog.due_place = max(backlog.due_place, (row.due_at, row.id))
             if self._takes(row):
                 taken.append(row)
         for key, _, _, want, _ in demands:
             if counts[key] >= want:
-                self._fell_due(key)
+                self.backlogs.fell_due(key)
         self._taken_in()
         await self._admit(taken)
         return bool(taken)
 
-    def _demand_due(self) -> list[tuple[EndpointKey, datetime.datetime, int, int, bool]]:
-        """Whose rows have fallen due, from which place, and how many there is room for."""
-        now = self.db_now()
-        while self._dues and self._dues[0][0] <= now:
-            due_at, key = heapq.heappop(self._dues)
-            if self._backlog(key).next_due == due_at and self._mine(key):
-                self._fell_due(key)
-        if self._line.backed_up():
-            return []
-        demands: list[tuple[EndpointKey, datetime.datetime, int, int, bool]] = []
-        total = 0
-        for key in list(self._due_now):
-            if self._state(key) is EndpointState.PAUSED or not self._mine(key):
-                del self._due_now[key]
-                continue
-            del self._due_now[key]
-            want = self._ask(key, timed=True)
-            if want:
-                demands.append((key, *self._backlog(key).due_place, want, self._ended(key)))
-                total += want
-            if total >= REFILL_TIMED_MOST:
-                break
-        return demands
-
     async def _refill_fresh(self) -> bool:
-        demands = self._demand_fresh()
+        demands = self.backlogs.demand_fresh(self._may_read)
         if not demands:
             return False
         self._reading = True
@@ -802,38 +705,15 @@ class Feed:
         counts: Counter[EndpointKey] = Counter()
         for row in rows:
             counts[row.endpoint] += 1
-            self._backlog(row.endpoint).place = row.id
+            self.backlogs.of(row.endpoint).place = row.id
             if self._takes(row):
                 taken.append(row)
         for key, _, want in demands:
             if counts[key] < want:
-                self._backlog(key).place = None
-                self._hungry.pop(key, None)
+                self.backlogs.read_whole(key)
         self._taken_in()
         await self._admit(taken)
         return bool(rows)
-
-    def _demand_fresh(self) -> list[tuple[EndpointKey, int, int]]:
-        """Who has fresh rows behind a place, and how many there is room for."""
-        if self._line.backed_up():
-            return []
-        demands: list[tuple[EndpointKey, int, int]] = []
-        total = 0
-        for key in list(self._hungry):
-            place = self._backlog(key).place
-            if place is None or self._state(key) is EndpointState.PAUSED or not self._mine(key):
-                del self._hungry[key]
-                continue
-            want = self._ask(key, timed=False)
-            del self._hungry[key]
-            if want:
-                demands.append((key, place, want))
-                total += want
-                # to the back: when demands do not fit into one statement, others come first next time
-                self._hungry[key] = None
-            if total >= REFILL_MOST:
-                break
-        return demands
 
     def _takes(self, row: Row, *, head: bool = False) -> bool:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
@@ -917,48 +797,17 @@ class Feed:
                 )
             )
 
-    # Backlogs.
-
-    def _backlog(self, key: EndpointKey) -> Backlog:
-        backlog = self._backlogs.get(key)
-        if backlog is None:
-            backlog = self._backlogs[key] = Backlog()
-        return backlog
+    # What becomes of rows.
 
     def _state(self, key: EndpointKey) -> EndpointState:
         endpoint = self._line.served(key)
         return EndpointState.REMOVED if endpoint is None else endpoint.state
 
+    def _may_read(self, key: EndpointKey) -> bool:
+        return self._state(key) is not EndpointState.PAUSED and self._mine(key)
+
     def _ended(self, key: EndpointKey) -> bool:
         return self._state(key) in OVER
-
-    def _lower_place(self, key: EndpointKey, place: int) -> None:
-        backlog = self._backlog(key)
-        backlog.place = place if backlog.place is None else min(backlog.place, place)
-        self._hungry[key] = None
-
-    def _lower_due_place(self, key: EndpointKey, due_at: float) -> None:
-        backlog = self._backlog(key)
-        at = datetime.datetime.fromtimestamp(due_at, datetime.UTC) - ROUNDING
-        backlog.due_place = min(backlog.due_place, (at, 0))
-
-    def _due(self, key: EndpointKey, due_at: float) -> None:
-        backlog = self._backlog(key)
-        if backlog.next_due is None or due_at < backlog.next_due:
-            backlog.next_due = due_at
-            heapq.heappush(self._dues, (due_at, key))
-
-    def _due_later(self, row: Row) -> None:
-        """
-        A row is not due yet.
-
-        The place may lie beyond it all the same: what an ended endpoint is owed is read before its time, and the database's
-        clock may have been set back.
-        """
-        assert row.due_at is not None
-        backlog = self._backlog(row.endpoint)
-        backlog.due_place = min(backlog.due_place, (row.due_at, row.id - 1))
-        self._due(row.endpoint, row.due_at.timestamp())
 
     def _due_again(self, delivery: Delivery, due_at: float) -> None:
         """
@@ -968,18 +817,18 @@ class Feed:
         """
         if not self._ours(delivery.endpoint):
             return
-        self._lower_due_place(delivery.endpoint, due_at)
+        self.backlogs.lower_due_place(delivery.endpoint, due_at)
         # what an ended endpoint is owed is not waited for
-        self._due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
+        self.backlogs.due(delivery.endpoint, 0.0 if self._ended(delivery.endpoint) else due_at)
 
     def _read_again(self, delivery: Delivery) -> None:
         """One that is not in memory any more may still be in the queue, and be ours."""
         if self._ours(delivery.endpoint):
             if delivery.due_at is None:
-                self._lower_place(delivery.endpoint, delivery.id - 1)
+                self.backlogs.lower_place(delivery.endpoint, delivery.id - 1)
             else:
-                self._lower_due_place(delivery.endpoint, delivery.due_at)
-                self._due(delivery.endpoint, 0.0)
+                self.backlogs.lower_due_place(delivery.endpoint, delivery.due_at)
+                self.backlogs.due(delivery.endpoint, 0.0)
 
     def _look_for(self, delivery: Delivery) -> None:
         """
@@ -988,9 +837,8 @@ class Feed:
         Reads have passed that by while it was taken to be in memory, and when it is due is not known here.
         """
         if self._ours(delivery.endpoint):
-            self._lower_place(delivery.endpoint, delivery.id - 1)
-            self._backlog(delivery.endpoint).due_place = (LONG_AGO, 0)
-            self._due(delivery.endpoint, 0.0)
+            self.backlogs.lower_place(delivery.endpoint, delivery.id - 1)
+            self.backlogs.reread_timed(delivery.endpoint)
 
     def _forget(self, delivery: Delivery, *, gone: bool = False) -> None:
         """It is not in memory any more; ``gone``: nor in the queue."""
@@ -1008,80 +856,13 @@ class Feed:
         if delivery.coalesce_key is not None:
             self._states.left((key, delivery.coalesce_key), delivery.id)
 
-    def _fell_due(self, key: EndpointKey) -> None:
-        backlog = self._backlog(key)
-        backlog.next_due, backlog.due_now = 0.0, True
-        self._due_now[key] = None
-
-    # Room.
-
-    def _free(self) -> int:
-        """
-        How many more rows memory may hold.
-
-        The few that each full queue may always have do not count: thousands of throttled endpoints must not starve the
-        others.
-        """
-        return self.window + QUEUE_LEAST * len(self._full) - self._line.total_waiting()
-
-    def _held(self, key: EndpointKey, *, timed: bool) -> int:
-        """Rows of one kind that wait in memory."""
-        held = self._line.waiting_timed(key)
-        return held if timed else self._line.waiting(key) - held
-
-    def _has_room(self, key: EndpointKey, taken: Counter[EndpointKey], *, timed: bool) -> bool:
-        """Whether memory holds one more row that has arrived: any queue may take a part of what is free."""
-        free = self._free() - taken.total()
-        backlog = self._backlog(key)
-        share = backlog.timed if timed else backlog.fresh
-        bound = max(share.bound, min(QUEUE_MOST, free // 4))
-        return self._held(key, timed=timed) + taken[key] < bound and not self._line.backed_up()
-
-    def _wanted(self, key: EndpointKey, *, timed: bool) -> int:
-        """How many rows to ask for: none before half of the queue is gone, so that reads are worth their price."""
-        backlog = self._backlog(key)
-        bound = (backlog.timed if timed else backlog.fresh).bound
-        held = self._held(key, timed=timed)
-        return bound - held if held <= bound // 2 else 0
-
-    def _ask(self, key: EndpointKey, *, timed: bool) -> int:
-        """How many rows to ask for now; with none the endpoint is put aside until it has room."""
-        backlog = self._backlog(key)
-        share = backlog.timed if timed else backlog.fresh
-        if self._wanted(key, timed=timed):
-            now = self._clock.mono()
-            since_s = now - share.asked_mono
-            if since_s < SOON_S or (since_s < LATE_S and not self._held(key, timed=timed)):
-                share.bound = min(QUEUE_MOST, share.bound * 2)
-            elif since_s > LATE_S:
-                share.bound = max(QUEUE_LEAST, share.bound // 2)
-            share.asked_mono = now
-        wanted = self._wanted(key, timed=timed)
-        if not wanted:
-            self._full.add(key)
-        return wanted
-
-    def _reclaim(self, now: float) -> None:
+    def _reclaim(self) -> None:
         """Let go of what stuck queues hold beyond the least, if memory holds too much: it is read again when they move."""
-        if self._free() >= 0:
+        if self.backlogs.free() >= 0:
             return
-        for key, backlog in self._backlogs.items():
-            asked_mono = max(backlog.fresh.asked_mono, backlog.timed.asked_mono)
-            if self._line.waiting(key) > 2 * QUEUE_LEAST and now - asked_mono > LATE_S:
-                backlog.fresh.bound = backlog.timed.bound = QUEUE_LEAST
-                for delivery in self._line.withdraw(key, beyond=QUEUE_LEAST):
-                    self._forget(delivery)
-                    self._read_again(delivery)
-                if self._free() > self.window // 4:
-                    return
-
-    def _look_again(self, key: EndpointKey) -> None:
-        """An endpoint that was put aside may have room."""
-        if key in self._full:
-            self._full.discard(key)
-            backlog = self._backlog(key)
-            if backlog.place is not None:
-                self._hungry[key] = None
-            if backlog.due_now:
-                self._due_now[key] = None
-            self._wake.set()
+        for key, least in self.backlogs.stuck():
+            for delivery in self._line.withdraw(key, beyond=least):
+                self._forget(delivery)
+                self._read_again(delivery)
+            if self.backlogs.free() > self.backlogs.window // 4:
+                return

@@ -154,7 +154,7 @@ def test_a_row_that_is_due_before_the_place_is_read_when_it_is_due() -> None:
 
     async def go() -> None:
         feed = made(Reads(), Line(), Forwarder())
-        backlog = feed._backlog(ENDPOINT.key)
+        backlog = feed.backlogs.of(ENDPOINT.key)
         backlog.due_place = (NOW + datetime.timedelta(hours=2), 5)
         late = row(9, 1, due_at=NOW + datetime.timedelta(hours=1))
         assert not feed._hold_due(late, Counter())
@@ -217,7 +217,7 @@ def test_what_was_to_end_before_its_time_waits_for_it_when_its_endpoint_is_resum
             feed._endpoint_changed(ENDPOINT)
         assert [d.id for d in line.admitted] == [1]
         assert feed.known == {1}
-        assert feed._backlog(ENDPOINT.key).due_place < (NOW + datetime.timedelta(hours=1), 2)
+        assert feed.backlogs.of(ENDPOINT.key).due_place < (NOW + datetime.timedelta(hours=1), 2)
 
     asyncio.run(go())
 
@@ -253,8 +253,8 @@ def test_rows_that_arrived_while_their_endpoint_was_thought_to_be_elsewhere_are_
         await feed._turn()
         assert line.admitted == []
         feed._endpoint_changed(replace(ENDPOINT, former_shards=(0, 5)))
-        assert feed._backlog(ENDPOINT.key).place == 0
-        assert list(feed._demand_fresh())
+        assert feed.backlogs.of(ENDPOINT.key).place == 0
+        assert list(feed.backlogs.demand_fresh(feed._may_read))
 
     asyncio.run(go())
 
@@ -350,7 +350,7 @@ def test_what_was_dropped_is_read_again_where_it_is_ours() -> None:
         await feed._turn()
         feed.settled((), (), dropped=line.withdraw(ENDPOINT.key))
         assert feed.known == set()
-        assert feed._demand_fresh() == [(ENDPOINT.key, 3, 4)]
+        assert feed.backlogs.demand_fresh(feed._may_read) == [(ENDPOINT.key, 3, 4)]
 
     asyncio.run(go())
 
@@ -363,7 +363,7 @@ def test_a_retry_that_another_owner_made_of_what_was_in_flight_here_is_found() -
         feed = made(reads, line, Forwarder())
         feed.known.add(DeliveryId(4))
         retry = row(4, 1, attempt=1, due_at=NOW - datetime.timedelta(seconds=1))
-        feed._due(ENDPOINT.key, 0.0)
+        feed.backlogs.due(ENDPOINT.key, 0.0)
         reads.due = [retry]
         await feed._turn()
         assert line.admitted == []
@@ -372,7 +372,7 @@ def test_a_retry_that_another_owner_made_of_what_was_in_flight_here_is_found() -
             (),
             dropped=[Delivery(DeliveryId(4), ENDPOINT.key, Event(UUID(int=1), "a.b", "t", b"{}", 1.0), 0, 0)],
         )
-        ((key, *place, _, _),) = feed._demand_due()
+        ((key, *place, _),) = feed.backlogs.demand_due(feed.db_now(), feed._mine, feed._may_read)
         assert key == ENDPOINT.key
         assert place < [retry.due_at, 4]
 
@@ -407,12 +407,14 @@ def test_due_times_are_not_kept_while_an_endpoint_is_elsewhere() -> None:
 
     async def go() -> None:
         feed = made(Reads(), Line(), Forwarder())
-        feed._due(ENDPOINT.key, NOW.timestamp() - 1)
+        feed.backlogs.due(ENDPOINT.key, NOW.timestamp() - 1)
         feed._endpoint_changed(replace(ENDPOINT, shard=5, former_shards=(0,)))
-        assert feed._demand_due() == []
+        assert feed.backlogs.demand_due(feed.db_now(), feed._mine, feed._may_read) == []
         feed.shards.add(5)
-        feed._due(ENDPOINT.key, NOW.timestamp())
-        assert [key for key, *_ in feed._demand_due()] == [ENDPOINT.key]
+        feed.backlogs.due(ENDPOINT.key, NOW.timestamp())
+        assert [key for key, *_ in feed.backlogs.demand_due(feed.db_now(), feed._mine, feed._may_read)] == [
+            ENDPOINT.key
+        ]
 
     asyncio.run(go())
 
@@ -434,9 +436,9 @@ def test_what_a_refill_reads_goes_into_memory_as_its_events_come(monkeypatch: py
 
 def test_a_queue_that_was_dry_when_it_was_looked_at_may_hold_more() -> None:
     feed = made(Reads(), Line(), Forwarder())
-    share = feed._backlog(ENDPOINT.key).fresh
+    share = feed.backlogs.of(ENDPOINT.key).fresh
     share.asked_mono = SystemClock().mono() - 1.0  # neither soon nor late
-    feed._ask(ENDPOINT.key, timed=False)
+    feed.backlogs.ask(ENDPOINT.key, timed=False)
     assert share.bound == 8
 
 

@@ -104,12 +104,11 @@ def place_not_lowered() -> Any:
     """A row that arrives below the place of a full queue is left to a refill that has passed it."""
 
     def wrong(self: Feed, row: Row, room: Any) -> bool:
-        backlog = self._backlog(row.endpoint)
-        if not self._has_room(row.endpoint, room, timed=False):
-            backlog.place = row.id - 1 if backlog.place is None else backlog.place
-            self._hungry[row.endpoint] = None
+        place = self.backlogs.of(row.endpoint).place
+        if not self.backlogs.has_room(row.endpoint, room, timed=False):
+            self.backlogs.lower_place(row.endpoint, row.id - 1 if place is None else place)
             return False
-        return backlog.place is None
+        return place is None
 
     return mock.patch.object(Feed, "_hold_fresh", wrong)
 

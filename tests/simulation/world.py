@@ -20,6 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
+import hookd.core.backlogs
 import hookd.dispatcher
 import hookd.feed
 import hookd.recorder
@@ -69,15 +70,15 @@ SMALL: dict[tuple[Any, str], tuple[Any, ...]] = {
     (hookd.recorder, "BATCH_MOST"): (1, 3, 1000),
     (hookd.recorder, "BATCH_ENOUGH"): (2, 250),
     (hookd.dispatcher, "TURN_MOST"): (1, 3, 100),
-    (hookd.feed, "REFILL_MOST"): (1, 5, 2000),
-    (hookd.feed, "REFILL_TIMED_MOST"): (1, 5, 500),
+    (hookd.core.backlogs, "REFILL_MOST"): (1, 5, 2000),
+    (hookd.core.backlogs, "REFILL_TIMED_MOST"): (1, 5, 500),
     (hookd.feed, "EVENTS_AT_ONCE"): (1, 2, 500),
     (hookd.feed, "REPLACED_AT_ONCE"): (1, 2, 1000),
     (hookd.feed, "BUSY_READS"): (2, 20),
     (hookd.feed, "QUIET_S"): (0.05, 0.3, 1.0),
     (hookd.feed, "PAUSE_S"): (0.004, 0.02, 0.05),
-    (hookd.feed, "QUEUE_LEAST"): (1, 2, 4),
-    (hookd.feed, "QUEUE_MOST"): (4, 1024),
+    (hookd.core.backlogs, "QUEUE_LEAST"): (1, 2, 4),
+    (hookd.core.backlogs, "QUEUE_MOST"): (4, 1024),
 }
 """Sizes that a world of some dozen deliveries would never reach, and smaller ones that it does."""
 
@@ -682,10 +683,9 @@ class World:
             self._mend(process)
             process.ours_until = 0.0
         running = {p.name[0] for p in self.alive() if not p.stopping}
-        for name in {p.name[0] for p in self.processes} - running or (
-            {"a"} - running if not self.processes else set()
-        ):
-            self.start(name)
+        for name in sorted({p.name[0] for p in self.processes} or {"a"}):
+            if name not in running:
+                self.start(name)
         for _ in range(3):
             self.timeline.after(self.dice.uniform(0, 1.0), self._produce)
         self.timeline.after(1.0, self._resume_all)
