@@ -319,6 +319,8 @@ class HttpExchange:
 
     def depart(self) -> None:
         """Write what waits for it: on the connections that are silent; the others are replaced."""
+        if not self._aboard:
+            return
         aboard, self._aboard = self._aboard, []
         for (attempt, line), good in zip(aboard, silent([line for _, line in aboard]), strict=True):
             if not good:
@@ -329,7 +331,7 @@ class HttpExchange:
                 attempt.ask(line, reused=True)
             except Exception as fault:  # noqa: BLE001 - nor the others of its group
                 line.drop()
-                attempt.fault(fault)
+                self._loop.call_soon(attempt.fault, fault)  # later, as all outcomes are told
 
     async def send(self, request: Request, turn: Turn | None = None) -> Outcome:
         """Make one exchange, and wait for its outcome."""
