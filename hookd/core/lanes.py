@@ -737,6 +737,8 @@ class Lanes:
             for queue in lane.queues.values():
                 if self._queues.get(queue.key) is queue:
                     del self._queues[queue.key]
+            # each queue knows its lane: garbage of this kind would lie until the collector has 50,000 objects to look at, 20 MB
+            lane.queues, lane.fresh, lane.retries = {}, EMPTY, EMPTY
         else:
             self._rest(lane)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, defaultdict
 from random import Random
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookd.core.lanes import Lanes
+from hookd.core.lanes import Lanes, _Lane
 from hookd.core.limits import Gate
 from hookd.core.model import Delivery, EndpointKey, HostLimits, Verdict, VerdictKind
 from tests.core.world import DELIVERED, World, delivery
@@ -227,3 +228,19 @@ def test_a_snapshot_of_many_lanes_finds_trouble_at_once_and_the_longest_soon() -
     found = [s.host for s in lanes.snapshot(100.0, 10)]
     assert found[0] == "h4321:80", "its error is no news any more"
     assert lanes.states(2.0) == {"concurrency": 4999, "ready": 1}
+
+
+def test_what_is_forgotten_is_freed_at_once() -> None:
+    """Not when the collector comes by: the daemon's looks every 50,000 objects, and hosts come and go."""
+    lanes = Lanes(HostLimits(concurrency=3), {})
+    gc.collect()
+    gc.disable()
+    try:
+        for n in range(500):
+            lanes.admit(f"h{n}:80", delivery(n, endpoint=n), float(n))
+            (started,) = lanes.ready(float(n), 100)
+            lanes.finished(started, DELIVERED, float(n))
+        assert len(lanes._lanes) < 50
+        assert sum(type(o) is _Lane for o in gc.get_objects()) == len(lanes._lanes)
+    finally:
+        gc.enable()
