@@ -105,6 +105,7 @@ RELEASED = {
     7: "8a4cdcf17a72fdb8da310fdb0fd7f84adf26030cdac7efd6ebfd90777b6849b5",
     8: "8bfecd86700818ae83b424c1f68a996e5b8511596b2c7ce11c566013f7b3e6ab",
     9: "cc72f8e5cdd589d7d0fcfa07c82a4fb8f7199bc7916df1d6b01bf66ace3c4592",
+    10: "9c6355f9902c5261926854c7c60750e6408cc8ce5dc092e4fbfa7c3e7f819d48",
 }
 """Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
 
@@ -255,7 +256,7 @@ def test_type_patterns(dsn: str, patterns: list[str], type_: str, matches: bool)
 
 @pytest.mark.parametrize("type_", ["a", "a.b", "a.b.c", "a.b.c.d", "a.", "ä.ö", "a-b.c_d"])
 def test_one_event_is_matched_as_many_are(dsn: str, type_: str) -> None:
-    """One event goes a way of its own through the fan-out, and types with few dots another."""
+    """One event goes a way of its own through the fan-out."""
     (rows,) = on(dsn, f"select unnest(hookd.type_patterns('{type_}')) as pattern")
     patterns = [row["pattern"] for row in rows]
     assert patterns[:2] == ["*", type_]

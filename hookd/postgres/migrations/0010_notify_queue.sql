@@ -1,5 +1,4 @@
--- A full NOTIFY queue fails no producer, and one event is checked and matched with fewer expressions: PL/pgSQL builds each of
--- them anew in every transaction.
+-- A full NOTIFY queue fails no producer.
 
 create function hookd.tell(what text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -36,59 +35,17 @@ begin
 end
 $$;
 
-create or replace function hookd.valid_event(
-  type text, tenant text, payload text, order_key text, coalesce_key text, idempotency_key text, headers jsonb)
-returns boolean
-language plpgsql immutable parallel safe
-as $$
-begin
-  -- the rule, as one expression; what it does not take is looked at piece by piece
-  if type <> '' and length(type) <= 255 and type = translate(type, E'* \t\n\r\f\x0b', '') and octet_length(type) = length(type)
-     and tenant <> '' and length(tenant) <= 255
-     and coalesce(greatest(length(order_key), length(coalesce_key), length(idempotency_key)) <= 1024, true)
-     and coalesce(jsonb_typeof(headers) = 'object', true)
-     and hookd.is_json(payload) then
-    return true;
-  end if;
-  if type = '' or length(type) > 255 or strpos(type, '*') > 0
-     or type <> translate(type, E' \t\n\r\f\x0b', '') or (octet_length(type) > length(type) and type ~ '\s') then
-    raise exception 'hookd: the type of an event has 1 to 255 characters, none of them a blank or *: %', left(type, 300)
-      using errcode = 'check_violation', constraint = 'event_type', table = 'event', schema = 'hookd',
-            hint = 'Write for example user.created; patterns are for endpoints.';
-  end if;
-  if tenant = '' or length(tenant) > 255 then
-    raise exception 'hookd: the tenant of an event has 1 to 255 characters'
-      using errcode = 'check_violation', constraint = 'event_tenant', table = 'event', schema = 'hookd';
-  end if;
-  if length(order_key) > 1024 or length(coalesce_key) > 1024 or length(idempotency_key) > 1024 then
-    raise exception 'hookd: the keys of an event (order_key, coalesce_key, idempotency_key) have at most 1024 characters'
-      using errcode = 'check_violation', constraint = 'event_keys', table = 'event', schema = 'hookd';
-  end if;
-  if jsonb_typeof(headers) <> 'object' then
-    raise exception 'hookd: the headers of an event are a JSON object, for example {"traceparent": "…"}'
-      using errcode = 'check_violation', constraint = 'event_headers', table = 'event', schema = 'hookd';
-  end if;
-  -- the one that says what is wrong with it is asked only then
-  return hookd.is_json(payload) or hookd.valid_payload(payload);
-end
-$$;
-
 create or replace function hookd.fan_out() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   one record;
+  patterns text[];
   owed smallint;
   awake smallint[];
 begin
   select n.id, n.tenant, n.type, n.payload, n.deliver_at, n.order_key, n.coalesce_key,
-         exists (select from inserted offset 1) as more,
-         -- hookd.type_patterns for the types that nearly everybody has, without its loop
-         case length(n.type) - length(replace(n.type, '.', ''))
-           when 0 then array['*', n.type]
-           when 1 then array['*', n.type, split_part(n.type, '.', 1) || '.*']
-           else hookd.type_patterns(n.type)
-         end as patterns
+         exists (select from inserted offset 1) as more
     into one
     from inserted n
    limit 1;
@@ -96,6 +53,7 @@ begin
     return null;
   end if;
   if not one.more then
+    patterns := hookd.type_patterns(one.type);
     for owed in
       insert into hookd.delivery (shard, endpoint, event_id, due_at, order_key, coalesce_key)
       select e.shard, e.key, one.id,
@@ -106,7 +64,7 @@ begin
        where e.tenant = one.tenant
          and (e.state in ('active', 'paused')
               or e.state = 'unverified' and (select s.value from hookd.setting s where s.name = 'security.unverified') = 'wait')
-         and e.types && one.patterns
+         and e.types && patterns
          and (e.filter is null or hookd.matches(e.filter, one.payload))
        order by e.key
       returning shard
