@@ -21,11 +21,13 @@ from hookd.commands import main
 from hookd.core.model import Outcome, OutcomeKind, Result, Verdict, VerdictKind
 from hookd.daemon import Daemon
 from hookd.dispatcher import Dispatcher
+from hookd.net import connections, exchange
 from hookd.net.line import Line
 from hookd.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
 
     from hookd.core.model import Delivery
     from hookd.net.line import Asker
@@ -80,8 +82,8 @@ def unguarded() -> None:
     said: dict[int, bytes] = {}
     ask, data_received = Line.ask, Line.data_received
 
-    def silent(self: Line) -> bool:
-        return not self._transport.is_closing()
+    def silent(lines: Sequence[Line]) -> list[bool]:
+        return [not line.closing() for line in lines]
 
     def asked(self: Line, asker: Asker) -> None:
         ask(self, asker)
@@ -95,12 +97,13 @@ def unguarded() -> None:
         else:
             data_received(self, data)
 
-    put(Line, "silent", silent)
+    put(connections, "silent", silent)
+    put(exchange, "silent", silent)
     put(Line, "ask", asked)
     put(Line, "data_received", received)
 
 
-def put(owner: type, name: str, spoilt: Callable[..., Any]) -> None:
+def put(owner: type | ModuleType, name: str, spoilt: Callable[..., Any]) -> None:
     assert hasattr(owner, name), f"{owner.__name__}.{name} is called otherwise now: spoil that"
     setattr(owner, name, spoilt)
 

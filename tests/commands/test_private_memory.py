@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 LINUX = sys.platform == "linux"
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 DIE = """
 import os, resource
 from hookd.commands.run import keep_memory_private
 
-pytestmark = pytest.mark.usefixtures("one_server")
 os.chdir({folder!r})
 most = resource.getrlimit(resource.RLIMIT_CORE)[1]
 resource.setrlimit(resource.RLIMIT_CORE, (most, most))
