@@ -620,6 +620,8 @@ async def soak(run: Run) -> Found:
                 memory.append((time.monotonic() - begun, survivor.resident_mb()))
                 await scene.look()
             per_minute.append(scene.rate_between(until - minute, until))
+            # a look at a long log holds up the producer: let the load flow again, or nothing is in flight at the kill
+            await asyncio.sleep(run.long(1.0, 0.2))
             victim.process.kill()
             scene.fault()
             victim.kill()
