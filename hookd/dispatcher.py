@@ -398,16 +398,19 @@ class Dispatcher:
             self._judge(delivery, outcome)
             return False
         except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
-            self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
-            return False
+            return self._broken(delivery, error)
         turn = Turn(self._lanes, self._pacer, self._clock, delivery) if self._lanes.paced(delivery) else None
         try:
             attempt = self._exchange.begin(request, turn, done)
         except Exception as error:  # noqa: BLE001 - it must cost neither the slot nor the delivery
-            self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
-            return False
+            return self._broken(delivery, error)
         self._in_flight[delivery.id] = (delivery, attempt, wall)
         return True
+
+    def _broken(self, delivery: Delivery, error: Exception) -> bool:
+        """A bug of ours kept it from being started: no exchange is under way."""
+        self._judge(delivery, Outcome(OutcomeKind.OURS, reason="an internal error", fault=error))
+        return False
 
     def _ended(self, delivery: Delivery, wall: float, outcome: Outcome) -> None:
         del self._in_flight[delivery.id]

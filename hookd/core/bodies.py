@@ -63,10 +63,6 @@ def content_type(form: BodyFormat) -> str:
     return CONTENT_TYPES[form]
 
 
-YEAR_1_S, YEAR_10000_S = -62_135_596_800, 253_402_300_800
-"""The years of four digits (RFC 3339, 1), in seconds since 1970."""
-
-
 def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source: str = "hookd") -> bytes:
     """
     The body of an event, written once and kept with it.
@@ -76,8 +72,6 @@ def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source
     """
     written = event.bodies.get(form)
     if written is None:
-        if not YEAR_1_S <= event.created_at < YEAR_10000_S:
-            raise ValueError("the event's created_at is beyond the years that RFC 3339 can write")
         written = event.bodies[form] = _write(event, form, thin, source)
     return written
 
@@ -123,7 +117,13 @@ def _standard_head(type_: str, second: int) -> bytes:
 MILLISECONDS = tuple(f".{n:03d}Z".encode() for n in range(1000))
 
 
+YEAR_1_S, YEAR_10000_S = -62_135_596_800, 253_402_300_800
+"""The years of four digits (RFC 3339, 1), in seconds since 1970."""
+
+
 def _milliseconds(wall: float) -> int:
+    if not YEAR_1_S <= wall < YEAR_10000_S:
+        raise ValueError("the event's created_at is beyond the years that RFC 3339 can write")
     # half a microsecond, so that what PostgreSQL has as .123 is not .122999…
     return int(wall * 1000 + 0.0005)
 

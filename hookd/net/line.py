@@ -327,11 +327,12 @@ def silent(lines: Sequence[Line]) -> list[bool]:
     An idle connection that is readable is closing or lying.  One system call looks at all of them.
     """
     poll = select.poll()
-    for line in lines:
-        if not line.closing():
-            poll.register(line.descriptor, select.POLLIN | select.POLLPRI)
+    usable = [None if line.closing() else line.descriptor for line in lines]
+    for descriptor in usable:
+        if descriptor is not None:
+            poll.register(descriptor, select.POLLIN | select.POLLPRI)
     speaking = {descriptor for descriptor, _ in poll.poll(0)}
-    return [not line.closing() and line.descriptor not in speaking for line in lines]
+    return [descriptor is not None and descriptor not in speaking for descriptor in usable]
 
 
 def reads_answers() -> bool:

@@ -29,6 +29,9 @@ LAST = datetime.datetime.max.replace(tzinfo=datetime.UTC) - datetime.timedelta(d
 FIRST_US = (FIRST - EPOCH) // MICROSECOND
 LAST_US = (LAST - EPOCH) // MICROSECOND
 
+MINUS_INFINITY = -(2**63)
+"""PostgreSQL's, in microseconds."""
+
 
 async def as_datetimes(connection: asyncpg.Connection) -> None:
     """Let times be datetimes on this connection; what lies beyond, ``infinity`` too, is 0001-01-02 or 9999-12-30."""
@@ -49,7 +52,9 @@ async def _set(
 
 
 def _of_datetime(at: datetime.datetime) -> tuple[int]:
-    return ((at.astimezone(datetime.UTC) - EPOCH) // MICROSECOND,)
+    micros = (at.astimezone(datetime.UTC) - EPOCH) // MICROSECOND
+    # what was before it was read as this: a read that goes on from there must not pass it by
+    return (micros if micros > FIRST_US else MINUS_INFINITY,)
 
 
 def _to_datetime(at: tuple[int]) -> datetime.datetime:

@@ -450,6 +450,7 @@ def test_somebody_locks_the_queue_for_longer_than_a_statement_may_take(
             await wait_empty(dsn)
             assert len({c.event_id for c in receiver.calls}) == len(receiver.calls) == 2000
             await wait_ready(daemon, 200)
+        assert_said_once(daemon)
         assert daemon.stop() == 0
 
     asyncio.run(go())

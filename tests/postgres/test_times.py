@@ -62,6 +62,20 @@ def test_what_python_cannot_hold_is_the_end_of_what_it_can(
     on(dsn, go)
 
 
+def test_what_goes_back_to_the_first_moment_is_before_all_that_was_read_as_it(dsn: str) -> None:
+    """So a read by due time that begins or goes on there finds all of them; the last moment is below what was read as it."""
+
+    async def go(connection: asyncpg.Connection) -> None:
+        beginning = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        for at in (beginning, FIRST):
+            assert await connection.fetchval("select $1::timestamptz = '-infinity'", at)
+        assert await connection.fetchval(
+            "select $1::timestamptz < least('10000-01-01', 'infinity'::timestamptz)", LAST
+        )
+
+    on(dsn, go)
+
+
 def test_numbers_are_exact_to_the_microsecond(dsn: str) -> None:
     dice = random.Random(2)
     # until 2071; a double of seconds holds them until 2242
