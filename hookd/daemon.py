@@ -29,7 +29,7 @@ from hookd.config import address_rules, allowed_names
 from hookd.core.bodies import ThinLink
 from hookd.core.composer import Composer, Wire
 from hookd.core.lanes import Lanes
-from hookd.core.model import BodyFormat, VerdictKind
+from hookd.core.model import DELIVERED, BodyFormat
 from hookd.core.shares import plan
 from hookd.dispatcher import Dispatcher
 from hookd.feed import Feed
@@ -547,7 +547,7 @@ class Daemon:
                 "stalled": self.dispatcher.stalled(),
                 "faults": self.faults(),
                 "unreadable": {str(i): why for i, why in islice(self.unreadable().items(), UNREADABLE_SHOWN)},
-                "verdicts": self.dispatcher.counts.verdicts,
+                "verdicts": {str(kind): n for kind, n in self.dispatcher.counts.verdicts.items()},
                 "at": self._clock.wall(),
             }
         ).decode()
@@ -597,7 +597,7 @@ class Daemon:
 
     def _reported(self, result: Result) -> None:
         self.tally.count(result)
-        ordinary = result.verdict.kind is VerdictKind.DELIVERED or result.delivery.replaced_by is not None
+        ordinary = result.verdict.kind is DELIVERED or result.delivery.replaced_by is not None
         if ordinary and self.config.log.level != "debug" and result.health is None:
             return
         self._reports.attempt(result, self.dispatcher.served(result.endpoint_key))

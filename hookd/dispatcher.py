@@ -25,7 +25,11 @@ from typing import TYPE_CHECKING, Protocol
 from hookd.core.challenge import doubted, unanswered
 from hookd.core.histogram import Histogram
 from hookd.core.model import (
+    ACTIVE,
+    ANSWERED,
+    DELIVERED,
     HEALTHY,
+    HOLD,
     Delivery,
     DeliveryId,
     Endpoint,
@@ -37,7 +41,6 @@ from hookd.core.model import (
     Result,
     RetryPolicy,
     Verdict,
-    VerdictKind,
 )
 from hookd.core.verdict import WANTED, ending, judge
 from hookd.pacing import WAIT_MOST_S, Pacer
@@ -447,8 +450,8 @@ class Dispatcher:
         if outcome.fault is not None:
             self._fault(delivery, outcome.fault)
         counts = self.counts
-        answered = outcome.kind is OutcomeKind.ANSWERED
-        counts.outcomes[CLASSES[outcome.status // 100] if answered else outcome.kind.value] += 1
+        answered = outcome.kind is ANSWERED
+        counts.outcomes[CLASSES[outcome.status // 100] if answered else outcome.kind] += 1
         counts.attempt_s.observe(outcome.total_ms / 1000)
         if delivery.attempt == 0 and not delivery.replay and outcome.written_at:
             counts.lag_s.observe(max(0.0, outcome.written_at - delivery.event.created_at))
@@ -457,7 +460,7 @@ class Dispatcher:
             endpoint = Endpoint(delivery.endpoint, delivery.event.id, "", outcome.url, "", delivery.shard)
         verdict = judge(outcome, delivery, endpoint, self.policy, wall, self._dice.draw())
         parked = self._lanes.finished(delivery, verdict, now)
-        if verdict.kind is VerdictKind.HOLD:
+        if verdict.kind is HOLD:
             self._ours(verdict.reason)
             if delivery.endpoint in self._endpoints:
                 self._hold(delivery, verdict.delay_s)
@@ -471,7 +474,7 @@ class Dispatcher:
     def _note_health(self, result: Result, endpoint: Endpoint, wall: float, *, parked: bool | None) -> None:
         """Only changes are written: nothing is updated on the success path."""
         before = endpoint.health
-        if result.verdict.kind is VerdictKind.DELIVERED:
+        if result.verdict.kind is DELIVERED:
             if before.failing_since is None and before.parked_at is None:
                 return
             health = HEALTHY
@@ -499,7 +502,7 @@ class Dispatcher:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))
 
     def _settle(self, result: Result) -> None:
-        self.counts.verdicts[result.verdict.kind.value] += 1
+        self.counts.verdicts[result.verdict.kind] += 1
         if result.verdict.disable is not None:
             self._disable(result)
         self._recorder.add(result)
@@ -508,7 +511,7 @@ class Dispatcher:
     def _disable(self, result: Result) -> None:
         """Send it nothing more; the settle writes it down, and the feed then ends what is pending."""
         endpoint = self._endpoints.get(result.endpoint_key)
-        if endpoint is not None and endpoint.state is EndpointState.ACTIVE:
+        if endpoint is not None and endpoint.state is ACTIVE:
             self._endpoints[endpoint.key] = replace(
                 endpoint, state=EndpointState.DISABLED, state_reason=result.verdict.disable
             )

@@ -32,7 +32,18 @@ from uuid import UUID
 
 from hookd.core.backlogs import Backlogs, Memory
 from hookd.core.heads import Heads
-from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
+from hookd.core.model import (
+    ACTIVE,
+    DISABLED,
+    PAUSED,
+    REMOVED,
+    Delivery,
+    DeliveryId,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Event,
+)
 from hookd.core.states import States
 
 if TYPE_CHECKING:
@@ -74,7 +85,7 @@ flight had sent all that was in memory by the time its events were there (90 ms)
 UNSEEN_S = 3600.0
 """A transaction that began before an endpoint moved, and inserts later than this, may break the order of its keys."""
 
-OVER = frozenset({EndpointState.DISABLED, EndpointState.REMOVED})
+OVER = frozenset({DISABLED, REMOVED})
 """What these are owed ends at once, due or not."""
 
 REPLACED_AT_ONCE = 1000
@@ -397,7 +408,7 @@ class Feed:
     @staticmethod
     def _placed(endpoint: Endpoint, shard: int) -> bool:
         """Whether a row of this shard may be sent; of an endpoint that was removed nothing is."""
-        return endpoint.shard == shard or endpoint.state is EndpointState.REMOVED
+        return endpoint.shard == shard or endpoint.state is REMOVED
 
     def _scattered(self, key: EndpointKey) -> bool:
         """
@@ -483,7 +494,7 @@ class Feed:
         for delivery in waiting:
             early = resumed and delivery.due_at is not None and delivery.due_at > self.db_now()
             # what is in the shard that it has left comes back when it was forwarded, what was to end before its time when it is due
-            if early or endpoint.state is EndpointState.PAUSED or not self._placed(endpoint, delivery.shard):
+            if early or endpoint.state is PAUSED or not self._placed(endpoint, delivery.shard):
                 self._forget(delivery)
             else:
                 self._line.admit(delivery)
@@ -526,9 +537,7 @@ class Feed:
             if self._line.served(key) is None:
                 # deleted behind our back: its deliveries end as cancelled
                 self._serve(
-                    Endpoint(
-                        key, UUID(int=0), "", "", "", min(self.shards, default=0), state=EndpointState.REMOVED
-                    )
+                    Endpoint(key, UUID(int=0), "", "", "", min(self.shards, default=0), state=REMOVED)
                 )
 
     def _over(self, key: EndpointKey) -> bool:
@@ -570,7 +579,7 @@ class Feed:
         """Whether a head that was taken may go into memory; else it is as if it had not been read."""
         assert row.order_key is not None
         key = row.endpoint, row.order_key
-        if self._state(row.endpoint) is EndpointState.PAUSED:
+        if self._state(row.endpoint) is PAUSED:
             self.known.discard(row.id)
             self._heads.give_back(key, row.id)
         elif self._heads.overtaken(key) or not self._in_place(row):
@@ -585,14 +594,14 @@ class Feed:
     def _hold_arrival(self, row: Row, room: Counter[EndpointKey]) -> bool:
         """Whether a row that has arrived goes into memory; else it is left where a refill finds it."""
         state = self._state(row.endpoint)
-        if row.id in self.known or row.id in self._remembered or state is EndpointState.PAUSED:
+        if row.id in self.known or row.id in self._remembered or state is PAUSED:
             return False
         if row.coalesce_key is not None:
             self._states.note(row)
         if row.replaced_by is None:
             if not (self._hold_due(row, room) if row.due_at is not None else self._hold_fresh(row, room)):
                 return False
-            if row.order_key is not None and state is EndpointState.ACTIVE:
+            if row.order_key is not None and state is ACTIVE:
                 self._heads.met((row.endpoint, row.order_key), row.id)
                 room[row.endpoint] += 1
                 return False
@@ -633,7 +642,7 @@ class Feed:
         await self._know({row.endpoint for row in rows})
         taken = []
         for row in rows:
-            if self._state(row.endpoint) is EndpointState.PAUSED:
+            if self._state(row.endpoint) is PAUSED:
                 continue
             if row.due_at is not None and row.due_at.timestamp() > self.db_now() and row.replaced_by is None:
                 self.backlogs.later(row)
@@ -732,7 +741,7 @@ class Feed:
 
     def _turn_of(self, row: Row, *, head: bool) -> bool:
         """Whether a row may go into memory as far as its keys are concerned."""
-        if row.order_key is not None and self._state(row.endpoint) is EndpointState.ACTIVE:
+        if row.order_key is not None and self._state(row.endpoint) is ACTIVE:
             key = row.endpoint, row.order_key
             if not head:
                 self._heads.met(key, row.id)
@@ -801,10 +810,10 @@ class Feed:
 
     def _state(self, key: EndpointKey) -> EndpointState:
         endpoint = self._line.served(key)
-        return EndpointState.REMOVED if endpoint is None else endpoint.state
+        return REMOVED if endpoint is None else endpoint.state
 
     def _may_read(self, key: EndpointKey) -> bool:
-        return self._state(key) is not EndpointState.PAUSED and self._mine(key)
+        return self._state(key) is not PAUSED and self._mine(key)
 
     def _ended(self, key: EndpointKey) -> bool:
         return self._state(key) in OVER
@@ -851,7 +860,7 @@ class Feed:
             self._remembered.add(delivery.id)
         key = delivery.endpoint
         if delivery.order_key is not None:
-            wanted = self._state(key) is EndpointState.ACTIVE
+            wanted = self._state(key) is ACTIVE
             self._heads.left((key, delivery.order_key), delivery.id, gone=gone, wanted=wanted)
         if delivery.coalesce_key is not None:
             self._states.left((key, delivery.coalesce_key), delivery.id)

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from hookd.core.histogram import Histogram
-from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
+from hookd.core.model import RETRY, DeliveryId, EndpointKey, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -193,7 +193,7 @@ class Recorder:
         ids = done.ids if done else set()
         due_at = done.due_at if done else {}
         followers.settled(
-            [r.delivery for r in ours if r.delivery.id in ids and r.verdict.kind is not VerdictKind.RETRY],
+            [r.delivery for r in ours if r.delivery.id in ids and r.verdict.kind is not RETRY],
             [(r.delivery, due_at[r.delivery.id]) for r in ours if r.delivery.id in due_at],
             dropped=[r.delivery for r in batch if r.delivery.id not in ids],
         )

@@ -12,7 +12,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from hookd.core.model import VerdictKind
+from hookd.core.model import DELIVERED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +88,7 @@ class Tally:
         fare = self._fares.get(result.endpoint_key)
         if fare is None:
             fare = self._fares[result.endpoint_key] = [0, 0, 0.0, 0.0]
-        fare[0 if result.verdict.kind is VerdictKind.DELIVERED else 1] += 1
+        fare[0 if result.verdict.kind is DELIVERED else 1] += 1
         took = outcome.total_ms
         fare[2] += took
         fare[3] = max(fare[3], took)

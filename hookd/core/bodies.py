@@ -16,14 +16,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from hookd.core.model import BodyFormat
+from hookd.core.model import RAW, STANDARD, BodyFormat
 
 if TYPE_CHECKING:
     from hookd.core.model import Event
 
 CONTENT_TYPES = {
-    BodyFormat.STANDARD: "application/json",
-    BodyFormat.RAW: "application/json",
+    STANDARD: "application/json",
+    RAW: "application/json",
     BodyFormat.CLOUDEVENTS: "application/cloudevents+json",
     BodyFormat.THIN: "application/json",
 }
@@ -77,9 +77,9 @@ def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source
 
 
 def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -> bytes:
-    if form is BodyFormat.RAW:
+    if form is RAW:
         return event.payload
-    if form is BodyFormat.STANDARD:
+    if form is STANDARD:
         second, millisecond = divmod(_milliseconds(event.created_at), 1000)
         return b"".join(
             (_standard_head(event.type, second), MILLISECONDS[millisecond], b'","data":', event.payload, b"}")

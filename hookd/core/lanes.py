@@ -35,7 +35,18 @@ from typing import TYPE_CHECKING, Any
 
 from hookd.core.breaker import ENDPOINT
 from hookd.core.limits import NEVER, Gate
-from hookd.core.model import Delivery, DeliveryId, EndpointKey, HostLimits, HostSign, Verdict, VerdictKind
+from hookd.core.model import (
+    ALIVE,
+    DELIVERED,
+    DOWN,
+    HOLD,
+    Delivery,
+    DeliveryId,
+    EndpointKey,
+    HostLimits,
+    HostSign,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -278,7 +289,7 @@ class Lanes:
         flight = self._in_flight.pop(delivery.id)
         queue = flight.queue
         lane = queue.lane
-        success = verdict.kind is VerdictKind.DELIVERED
+        success = verdict.kind is DELIVERED
         lane.gate.finished(
             now,
             started_mono=flight.started_mono,
@@ -291,11 +302,11 @@ class Lanes:
         if lane.alarm is not None and lane.gate.permitted_at() < lane.alarm:
             lane.alarm = None  # the breaker closed, or a place in the rate was given back
         parked = None
-        if queue.gate is not None or (verdict.endpoint_failed and verdict.host is not HostSign.DOWN):
+        if queue.gate is not None or (verdict.endpoint_failed and verdict.host is not DOWN):
             parked = self._endpoint_finished(flight, verdict, now, success=success)
         lane.used_mono = now
         if verdict.hold_lane_s:
-            lane.ours = verdict.reason if verdict.kind is VerdictKind.HOLD else ""
+            lane.ours = verdict.reason if verdict.kind is HOLD else ""
         if lane.cramped:
             lane.cramped = False
             del self._cramped[lane]
@@ -329,9 +340,9 @@ class Lanes:
             gate.in_flight += 1
         sign = HostSign.NOTHING
         if success:
-            sign = HostSign.ALIVE
-        elif verdict.endpoint_failed and verdict.host is not HostSign.DOWN:
-            sign = HostSign.DOWN
+            sign = ALIVE
+        elif verdict.endpoint_failed and verdict.host is not DOWN:
+            sign = DOWN
         was_open = gate.breaker.open
         if gate in flight.gates:
             gate.finished(

@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookd.core.breaker import HOST, Breaker, Patience
-from hookd.core.model import HostSign
+from hookd.core.model import ALIVE, DOWN, HostSign
 
 if TYPE_CHECKING:
     from hookd.core.model import HostLimits
@@ -185,14 +185,13 @@ class Gate:
 
     def told(self, now: float, started_mono: float, sign: HostSign) -> None:
         """What an exchange that was started at ``started_mono`` says to the breaker."""
-        match sign:
-            case HostSign.ALIVE:
-                if self.breaker.answered():
-                    self.ramp()
-            case HostSign.DOWN:
-                self.breaker.failed(now, started_mono)
-            case HostSign.NOTHING:
-                self.breaker.came_to_nothing(started_mono)
+        if sign is ALIVE:
+            if self.breaker.answered():
+                self.ramp()
+        elif sign is DOWN:
+            self.breaker.failed(now, started_mono)
+        else:
+            self.breaker.came_to_nothing(started_mono)
 
     def ramp(self) -> None:
         """Begin with one at a time, and double."""

@@ -11,13 +11,16 @@ monotonic clock of this process, ``_s`` and ``_ms`` are durations.
 The values that exist once a delivery (``Delivery``, ``Outcome``, ``Result``) have slots but are not
 frozen: a frozen dataclass assigns through ``object.__setattr__``, which costs 3 to 4 times the
 construction time.  Nothing but the module named in their docstring writes to them.
+
+Members of enums that are asked for with each delivery have names of their own here: Python 3.11 takes 0.08 µs to
+look one up in its enum, and 0.02 for a name of a module (twenty times a delivery; 3.12 is quick at both).
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, Final, NewType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +42,10 @@ class BodyFormat(enum.StrEnum):
     THIN = "thin"
 
 
+STANDARD: Final = BodyFormat.STANDARD
+RAW: Final = BodyFormat.RAW
+
+
 class EndpointState(enum.StrEnum):
     """What an endpoint may receive."""
 
@@ -49,6 +56,12 @@ class EndpointState(enum.StrEnum):
     """It gets none; what was pending becomes dead letters."""
     REMOVED = "removed"
     """It is gone; what was pending is cancelled."""
+
+
+ACTIVE: Final = EndpointState.ACTIVE
+PAUSED: Final = EndpointState.PAUSED
+DISABLED: Final = EndpointState.DISABLED
+REMOVED: Final = EndpointState.REMOVED
 
 
 class Secret:
@@ -183,6 +196,10 @@ class OutcomeKind(enum.StrEnum):
     """A fault of this machine (descriptors, ports, no route, proxy down): nobody is blamed, it is tried again."""
 
 
+ANSWERED: Final = OutcomeKind.ANSWERED
+BLOCKED: Final = OutcomeKind.BLOCKED
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectFailure:
     """Why there is no connection."""
@@ -247,6 +264,11 @@ class VerdictKind(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+DELIVERED: Final = VerdictKind.DELIVERED
+RETRY: Final = VerdictKind.RETRY
+HOLD: Final = VerdictKind.HOLD
+
+
 class HostSign(enum.Enum):
     """What an exchange says of the host."""
 
@@ -255,6 +277,10 @@ class HostSign(enum.Enum):
     """It answered, whatever it answered."""
     DOWN = enum.auto()
     """No answer, 429 or 503."""
+
+
+ALIVE: Final = HostSign.ALIVE
+DOWN: Final = HostSign.DOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import datetime
 import enum
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from hookd.core.model import EndpointState, HostSign, OutcomeKind, Verdict, VerdictKind
+from hookd.core.model import ANSWERED, DISABLED, REMOVED, HostSign, OutcomeKind, Verdict, VerdictKind
 
 if TYPE_CHECKING:
     from hookd.core.model import Delivery, Endpoint, Outcome, RetryPolicy
@@ -43,6 +43,9 @@ class Consequence(enum.Enum):
     """No retry can help."""
     HOLD = enum.auto()
     """Not the endpoint's fault."""
+
+
+_ACCEPTED: Final = Consequence.DELIVERED
 
 
 BY_KIND = {
@@ -88,10 +91,10 @@ UNANSWERED = frozenset(
 
 def consequence(outcome: Outcome) -> Consequence:
     """The two tables."""
-    if outcome.kind is not OutcomeKind.ANSWERED:
+    if outcome.kind is not ANSWERED:
         return BY_KIND[outcome.kind]
     if 200 <= outcome.status < 300:
-        return Consequence.DELIVERED
+        return _ACCEPTED
     return BY_STATUS.get(outcome.status, Consequence.RETRY)
 
 
@@ -104,9 +107,9 @@ def judge(
     ``now`` is wall time and ``draw`` is from [0, 1).
     """
     kind = consequence(outcome)
+    if kind is _ACCEPTED:
+        return _DELIVERED
     match kind:
-        case Consequence.DELIVERED:
-            return _DELIVERED
         case Consequence.HOLD:
             delay = OURS_DELAY_S * (0.5 + draw)
             if outcome.fault is not None:
@@ -140,7 +143,7 @@ WANTED = Verdict(VerdictKind.HOLD, host=HostSign.ALIVE)
 
 def host_sign(outcome: Outcome) -> HostSign:
     """What an outcome says of the host."""
-    if outcome.kind is OutcomeKind.ANSWERED:
+    if outcome.kind is ANSWERED:
         return HostSign.DOWN if outcome.status in HOLDING else HostSign.ALIVE
     if outcome.kind in (OutcomeKind.MALFORMED, OutcomeKind.UNVERIFIED):
         return HostSign.ALIVE
@@ -200,16 +203,16 @@ def ending(delivery: Delivery, endpoint: Endpoint, now: float) -> Verdict | None
             else "its event is no longer kept (retention.events)"
         )
         return Verdict(VerdictKind.EXPIRED, reason)
-    if endpoint.state is EndpointState.REMOVED:
+    if endpoint.state is REMOVED:
         return Verdict(VerdictKind.CANCELLED, "endpoint removed")
-    if endpoint.state is EndpointState.DISABLED:
+    if endpoint.state is DISABLED:
         return Verdict(VerdictKind.EXHAUSTED, f"endpoint disabled: {endpoint.state_reason or 'by hand'}")
     return None
 
 
 def describe(outcome: Outcome) -> str:
     """An outcome in words fit for a tenant."""
-    if outcome.kind is OutcomeKind.ANSWERED:
+    if outcome.kind is ANSWERED:
         return f"answered {outcome.status}" + (f" ({outcome.reason})" if outcome.reason else "")
     return outcome.reason or outcome.kind.value.replace("_", " ")
 

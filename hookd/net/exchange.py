@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 import aiohttp
 from aiohttp import http_parser
 
-from hookd.core.model import ConnectFailure, Outcome, OutcomeKind
+from hookd.core.model import ANSWERED, BLOCKED, ConnectFailure, Outcome, OutcomeKind
 from hookd.core.request import Request, prepare_head
 from hookd.core.urls import Target, UrlProblem, parse_url
 from hookd.net.connections import SPOKE_FIRST, Connections
@@ -124,7 +124,7 @@ class Attempt:
         self.deadline = self._begun + request.timeout_s
         self.most = exchange.options.max_response
         self.location: str | None = None
-        self.outcome = Outcome(OutcomeKind.ANSWERED, url=request.target.url)
+        self.outcome = Outcome(ANSWERED, url=request.target.url)
 
     def begin(self) -> None:
         """Write the request if there is a connection for it; else see to it that there is."""
@@ -235,7 +235,7 @@ class Attempt:
                 if resolution.ours:
                     raise _NotAsked(OutcomeKind.OURS, resolution.problem)
                 if resolution.blocked:
-                    raise _NotAsked(OutcomeKind.BLOCKED, resolution.problem)
+                    raise _NotAsked(BLOCKED, resolution.problem)
                 if resolution.problem:
                     raise _NotAsked(OutcomeKind.DNS_FAILED, resolution.problem)
                 line = await exchange.connections.open(target)
@@ -261,7 +261,7 @@ class Attempt:
     def _end(self) -> None:
         outcome = self.outcome
         outcome.total_ms = (self._exchange.mono() - self._begun) * 1000
-        if outcome.kind is OutcomeKind.BLOCKED:
+        if outcome.kind is BLOCKED:
             # how long it took says whether a name is known inside, and what is in the cache
             outcome.dns_ms = outcome.connect_ms = outcome.tls_ms = None
             outcome.total_ms = 0.0

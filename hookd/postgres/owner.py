@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.core.model import DeliveryId, EndpointKey, Result, VerdictKind
+from hookd.core.model import DELIVERED, RETRY, DeliveryId, EndpointKey, Result, VerdictKind
 from hookd.core.shares import View
 from hookd.postgres.connect import DatabaseRefused, refused
 from hookd.postgres.migrate import SchemaMismatch, pending
@@ -359,14 +359,14 @@ class OwnerSession:
         return settled
 
     async def _settle_rows(self, results: Sequence[Result], settled: Settled) -> None:
-        final = [r.delivery for r in results if r.verdict.kind is not VerdictKind.RETRY]
+        final = [r.delivery for r in results if r.verdict.kind is not RETRY]
         if final:
             rows = await self._connection.fetch(
                 SETTLE_FINAL, [d.event.id for d in final], [d.id for d in final], [d.attempt for d in final]
             )
             settled.ids.update(row[0] for row in rows)
             settled.statements += 1
-        retried = [r for r in results if r.verdict.kind is VerdictKind.RETRY]
+        retried = [r for r in results if r.verdict.kind is RETRY]
         if retried:
             rows = await self._connection.fetch(
                 SETTLE_RETRY,
@@ -380,7 +380,7 @@ class OwnerSession:
             settled.statements += 1
 
     async def _settle_consequences(self, written: Sequence[Result], settled: Settled) -> None:
-        if all(r.verdict.kind is VerdictKind.DELIVERED and r.health is None for r in written):
+        if all(r.verdict.kind is DELIVERED and r.health is None for r in written):
             return
         dead = [r for r in written if r.verdict.kind is VerdictKind.EXHAUSTED]
         if dead:
@@ -425,13 +425,13 @@ def attempt_record(result: Result, due_at: float | None) -> tuple[Any, ...]:
     if outcome is None:
         return (
             result.written_wall, delivery.id, delivery.event.id, result.endpoint_key, 0, None,
-            delivery.replay, False, False, False, verdict.kind.value, None, verdict.reason or None, None,
+            delivery.replay, False, False, False, verdict.kind, None, verdict.reason or None, None,
             None, None, None, None, None, None, None, None, False,
         )  # fmt: skip
     return (
         outcome.started_at, delivery.id, delivery.event.id, result.endpoint_key, delivery.attempt + 1,
         outcome.status or None, delivery.replay, outcome.sent, outcome.resent, outcome.reused,
-        verdict.kind.value, outcome.kind.value, verdict.reason or outcome.reason or None,
+        verdict.kind, outcome.kind, verdict.reason or outcome.reason or None,
         due_at,
         outcome.total_ms, outcome.dns_ms, outcome.connect_ms, outcome.tls_ms, outcome.first_byte_ms, outcome.url or None,
         outcome.headers or None, outcome.body or None, outcome.body_truncated,

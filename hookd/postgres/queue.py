@@ -210,11 +210,12 @@ ENDPOINT_CHANGES = (
 
 # Unnested, so that each id is looked for in its own day's partition only: pruning does not see through any().
 # Times as numbers and the payload as bytes, for that is what becomes of them: 2 µs an event less than through their types.
+# By their place among the ids that were asked for: those have been read and hashed already, another 0.6 µs.
 EVENTS = """
-select e.id, e.type, e.tenant, convert_to(e.payload, 'UTF8') as payload,
+select k.place, e.type, e.tenant, convert_to(e.payload, 'UTF8') as payload,
        extract(epoch from e.created_at)::double precision as created_at,
        extract(epoch from e.expires_at)::double precision as expires_at, e.headers
-  from unnest($1::uuid[]) as k (id)
+  from unnest($1::uuid[]) with ordinality as k (id, place)
   join hookd.event e on e.id = k.id
 """
 
@@ -361,11 +362,12 @@ class Queue:
 
     async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
         """The events of these ids; those whose day was dropped are missing, unless a dead letter has a copy."""
-        found = {r[0]: _event(r) for r in await self._run(self._connection.fetch, EVENTS, ids)}
+        rows = await self._run(self._connection.fetch, EVENTS, ids)
+        found = {id_: _event(id_, r) for r in rows for id_ in (ids[r[0] - 1],)}
         missing = [i for i in ids if i not in found]
         if missing:
             found |= {
-                r[0]: _event(r) for r in await self._run(self._connection.fetch, BURIED_EVENTS, missing)
+                r[0]: _event(r[0], r) for r in await self._run(self._connection.fetch, BURIED_EVENTS, missing)
             }
         return found
 
@@ -430,8 +432,8 @@ class Queue:
         return EndpointState(r["state"]), r["state_reason"]
 
 
-def _event(r: asyncpg.Record) -> Event:
-    id_, type_, tenant, payload, created_at, expires_at, headers = r
+def _event(id_: UUID, r: asyncpg.Record) -> Event:
+    _, type_, tenant, payload, created_at, expires_at, headers = r
     return Event(
         id_, type_, tenant, payload, created_at, expires_at, json.loads(headers) if headers else None
     )

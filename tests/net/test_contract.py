@@ -19,6 +19,7 @@ import trustme
 import uvloop
 
 from hookd.core.model import OutcomeKind
+from hookd.net import line
 from tests.net.test_exchange import client_context, exchange, request, server_context
 from tests.receiver import Receiver
 
@@ -291,6 +292,66 @@ def test_what_comes_after_an_answer_is_never_the_next_one(loop: str) -> None:
                     assert outcome.body in ("no", ""), pushed
 
     run(loop, go())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("cut", [7, 10_000])
+def test_an_answer_that_comes_again_is_what_it_was(loop: str, cut: int) -> None:
+    """The exchange does not parse a second time what is the same to the byte: whatever it is, that must not show."""
+    answers = [
+        *ENDED_BY_THEMSELVES,
+        b"HTTP/1.1 429 Slow\r\nretry-after: 7\r\ncontent-length: 2\r\n\r\nno",
+        HEAD + b"content-length: 2000\r\n\r\n" + 2000 * b"x",
+        HEAD + b"content-length: 5\r\n\r\n\x00\xff\x1b[1",
+    ]
+
+    async def go() -> None:
+        for data in answers:
+            for most in (16384, 4):
+                async with Play(data, cut, "held open") as receiver, exchange(max_response=most) as http:
+                    first, *again = [await http.send(request(receiver.url, timeout_s=2.0)) for _ in range(4)]
+                    for outcome in again:
+                        for name in ("kind", "status", "retry_after", "headers", "body", "body_truncated"):
+                            assert getattr(outcome, name) == getattr(first, name), (data, most, name)
+                        assert outcome.first_byte_ms is not None
+                    kept = (
+                        not first.body_truncated
+                        and b"close" not in data
+                        and b"HTTP/1.0 200 OK\r\ncon" not in data
+                    )
+                    assert not kept or {outcome.reused for outcome in again} == {True}, (data, most)
+
+    run(loop, go())
+
+
+def test_an_answer_that_comes_again_in_one_piece_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers = 0
+
+    def new_parser(*arguments: Any) -> Any:
+        nonlocal parsers
+        parsers += 1
+        return made(*arguments)
+
+    made = line.NewParser
+    monkeypatch.setattr(line, "NewParser", new_parser)
+
+    async def parsed(*answers: bytes, cut: int = 10_000) -> int:
+        nonlocal parsers
+        async with Play(b"", cut, "held open") as receiver, exchange() as http:
+            parsers = 0
+            for receiver.data in answers:
+                assert (await http.send(request(receiver.url))).status == int(receiver.data[9:12])
+            return parsers
+
+    async def go() -> None:
+        ok, other = HEAD + b"content-length: 2\r\n\r\nok", HEAD + b"content-length: 2\r\n\r\nno"
+        failed = b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"
+        assert await parsed(ok, ok, ok) == 1
+        assert await parsed(ok, other, ok) == 3, "the one before, and no other"
+        assert await parsed(ok, ok, failed, failed, ok) == 3, "a failure is looked at each time"
+        assert await parsed(ok, ok, cut=7) == 2, "its first piece might go on in another way"
+
+    run("uvloop", go())
 
 
 @pytest.mark.parametrize("loop", LOOPS)
