@@ -9,6 +9,7 @@ the address; what asks for ``GET /stats`` there may also send load, so let nobod
 
 | path | does |
 | --- | --- |
+| ``/each`` | 200, with a number of its own in a header: no two answers are alike |
 | ``/timed`` | 200; notes when each ``webhook-id`` came |
 | ``/lag`` | 200; notes how long ago the payload's ``"at"`` was (wall clock) |
 | ``/paced?ms=N`` | 200 after N ms; notes when each request of each host came, and how many were under way at once |
@@ -38,6 +39,7 @@ import uvloop
 from cores import used
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+NUMBERED = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-request-id: %d\r\n\r\n"
 FAILED = b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 ID = re.compile(rb"\r\nwebhook-id: ([^\r]+)", re.IGNORECASE)
@@ -71,6 +73,7 @@ class Protocol(asyncio.Protocol):
         self.buffer = b""
         self.skip = 0
         """Bytes of a plain request's body that are still to come."""
+        self.numbered = False
         self.loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -96,7 +99,8 @@ class Protocol(asyncio.Protocol):
                 continue
             length = LENGTH.search(buffer, 0, end)
             total = end + 4 + (int(length[1]) if length else 0)
-            if buffer.startswith(b"POST /hook "):
+            if buffer.startswith((b"POST /hook ", b"POST /each ")):
+                self.numbered = buffer.startswith(b"POST /each ")
                 if len(buffer) < total:
                     self.skip = total - len(buffer)
                     buffer = b""
@@ -115,7 +119,7 @@ class Protocol(asyncio.Protocol):
         if not tally.count:
             tally.first = tally.last
         tally.count += 1
-        self.transport.write(ANSWER)
+        self.transport.write(NUMBERED % tally.count if self.numbered else ANSWER)
 
     @staticmethod
     def stats() -> bytes:

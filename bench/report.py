@@ -257,7 +257,9 @@ def _save(figure: Any, file: Path) -> bool:
 def _sweep(found: dict[str, Figures]) -> list[Figures]:
     """The cases that differ from the floor case in their concurrency only."""
     cases = [c for name in ("throughput", "matrix") if name in found for c in found[name]["cases"]]
-    cases = [c for c in cases if (c["hosts"], c["payload"], c["tls"]) == (20, 1024, False)]
+    cases = [
+        c for c in cases if (c["hosts"], c["payload"], c["tls"], c["numbered"]) == (20, 1024, False, False)
+    ]
     return sorted(
         {c["concurrency"]: c for c in reversed(cases)}.values(), key=lambda c: int(c["concurrency"])
     )

@@ -2,7 +2,7 @@
 The whole daemon beside a bare client, in the same run.
 
     python bench/throughput.py [--deliveries 40000] [--rounds 3] [--matrix | --matrix full] [--json]
-                               [--concurrency 500] [--hosts 20] [--payload 1024] [--tls] [--dsn …] [--target …]
+                               [--concurrency 500] [--hosts 20] [--payload 1024] [--tls] [--numbered] [--dsn …] [--target …]
 
 Each round: a bare ``ClientSession.post`` loop (``bench/bare.py``), then the daemon with a backlog of as many
 deliveries, to the same receiver, with bodies of the same size and the same number of exchanges in flight.  The client
@@ -14,7 +14,9 @@ A ratio is printed only where both figures are those of the clients: the loop ha
 time, the receiver did not, and others disturbed both alike (``cores.py``).  Else the exit status is 2.
 
 ``--matrix`` goes from this case along each axis: concurrency 50 and 2,000, hosts 1 and 1,000, payloads of 200 B,
-20 KiB and 200 KiB, TLS; with ``full`` through all 72 combinations.  The counts are smaller the larger the payload is.
+20 KiB and 200 KiB, TLS, numbered answers; with ``full`` through the 72 combinations of the first four.  The counts are smaller
+the larger the payload is.  ``--numbered``: no two answers are alike, where else all are, as hookd does not parse again what
+it has heard just before (``net.line``).
 
 Floor, in the case without options: ratio >= 1.8.
 """
@@ -63,10 +65,18 @@ class Case:
     hosts: int = 20
     payload: int = 1024
     tls: bool = False
+    numbered: bool = False
+    """No two answers are alike."""
 
     def __str__(self) -> str:
         size = f"{self.payload} B" if self.payload < 1024 else f"{self.payload / 1024:g} KiB"
-        return f"{self.concurrency:,} in flight, {self.hosts:,} host{'s'[: self.hosts > 1]}, {size}, {'TLS' if self.tls else 'plain'}"
+        kind = "TLS" if self.tls else "plain"
+        kind += ", numbered answers" if self.numbered else ""
+        return f"{self.concurrency:,} in flight, {self.hosts:,} host{'s'[: self.hosts > 1]}, {size}, {kind}"
+
+    @property
+    def path(self) -> str:
+        return "/each" if self.numbered else "/hook"
 
     def deliveries(self, wanted: int) -> int:
         """How many, for a payload of so many bytes to cost about as long as a small one."""
@@ -88,7 +98,7 @@ def cases(matrix: str, first: Case) -> list[Case]:
         found += [replace(first, concurrency=n) for n in CONCURRENCIES]
         found += [replace(first, hosts=n) for n in HOSTS]
         found += [replace(first, payload=n) for n in PAYLOADS]
-        found += [replace(first, tls=True)]
+        found += [replace(first, tls=True), replace(first, numbered=True)]
         return list(dict.fromkeys(found))
     return [first]
 
@@ -105,7 +115,7 @@ class Throughput:
         process = self.stage.child(
             str(HERE / "bare.py"),
             json.dumps({
-                "urls": [f"{scheme}://{host}/hook" for host in hosts], "requests": deliveries,
+                "urls": [f"{scheme}://{host}{case.path}" for host in hosts], "requests": deliveries,
                 "concurrency": case.concurrency, "payload": case.payload, "core": self.stage.own_core,
                 "ca_file": self.stage.ca_file if case.tls else "",
             }),
@@ -136,7 +146,10 @@ class Throughput:
         await stage.fresh_database()
         hosts = [stage.host(n, tls=case.tls) for n in range(case.hosts)]
         await stage.add_endpoints(
-            hosts, "/hook", [f"tenant-{n}" for n in range(case.hosts)], scheme="https" if case.tls else "http"
+            hosts,
+            case.path,
+            [f"tenant-{n}" for n in range(case.hosts)],
+            scheme="https" if case.tls else "http",
         )
         connection = await asyncpg.connect(stage.dsn)
         fill = os.urandom(max(1, (case.payload - 30) // 2)).hex()
@@ -246,13 +259,16 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=FLOOR_CASE.hosts)
     parser.add_argument("--payload", type=int, default=FLOOR_CASE.payload, help="bytes")
     parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--numbered", action="store_true", help="no two answers are alike")
     parser.add_argument(
         "--matrix", nargs="?", const="axes", default="", choices=("axes", "full"), help="more cases"
     )
     parser.add_argument("--json", action="store_true")
     elsewhere(parser)
     given = parser.parse_args()
-    wanted = cases(given.matrix, Case(given.concurrency, given.hosts, given.payload, given.tls))
+    wanted = cases(
+        given.matrix, Case(given.concurrency, given.hosts, given.payload, given.tls, given.numbered)
+    )
     if given.target and any(case.tls for case in wanted):
         parser.error("--target has no TLS; leave --tls and --matrix away")
     allowed = raise_descriptors(2 * max(max(case.concurrency, case.hosts) for case in wanted) + 500)
