@@ -366,8 +366,8 @@ class OwnerSession:
             )
             settled.ids.update(row[0] for row in rows)
             settled.statements += 1
-        retried = [r for r in results if r.verdict.kind is RETRY]
-        if retried:
+        if len(final) < len(results):
+            retried = [r for r in results if r.verdict.kind is RETRY]
             rows = await self._connection.fetch(
                 SETTLE_RETRY,
                 [r.delivery.event.id for r in retried],
