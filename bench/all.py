@@ -53,7 +53,7 @@ class Script:
 
 SCRIPTS = (
     Script("throughput", "--rounds 3", "--deliveries 3000 --rounds 1", 120),
-    Script("matrix", "--matrix --rounds 1 --deliveries 12000", "--matrix --rounds 1 --deliveries 1000", 200, "throughput.py"),
+    Script("matrix", "--matrix --rounds 1 --deliveries 12000", "--matrix --rounds 1 --deliveries 1000", 220, "throughput.py"),
     Script("latency", "--idle 200 --seconds 6", "--idle 20 --seconds 1 --loads 25,75", 150),
     Script("cost", "--deliveries 30000", "--deliveries 1000", 120),
     Script("profile", "--deliveries 100000", "--deliveries 30000", 90),

@@ -9,7 +9,7 @@ the address; what asks for ``GET /stats`` there may also send load, so let nobod
 
 | path | does |
 | --- | --- |
-| ``/each`` | 200, with a number of its own in a header: no two answers are alike |
+| ``/each`` | 200, with one header more, a number of its own: no two answers are alike |
 | ``/timed`` | 200; notes when each ``webhook-id`` came |
 | ``/lag`` | 200; notes how long ago the payload's ``"at"`` was (wall clock) |
 | ``/paced?ms=N`` | 200 after N ms; notes when each request of each host came, and how many were under way at once |

@@ -15,8 +15,8 @@ time, the receiver did not, and others disturbed both alike (``cores.py``).  Els
 
 ``--matrix`` goes from this case along each axis: concurrency 50 and 2,000, hosts 1 and 1,000, payloads of 200 B,
 20 KiB and 200 KiB, TLS, numbered answers; with ``full`` through the 72 combinations of the first four.  The counts are smaller
-the larger the payload is.  ``--numbered``: no two answers are alike, where else all are, as hookd does not parse again what
-it has heard just before (``net.line``).
+the larger the payload is.  Answers are alike, and hookd parses one only if it differs from the last (``net.line``); ``--numbered``:
+no two are, and each has a header more.
 
 Floor, in the case without options: ratio >= 1.8.
 """

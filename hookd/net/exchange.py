@@ -163,6 +163,10 @@ class Attempt:
                 self.request = hop
                 outcome.redirects += 1
                 outcome.url = hop.target.url
+                # what it said is not what the next one will say, or not say
+                outcome.headers = outcome.body = ""
+                outcome.body_truncated = False
+                outcome.retry_after = None
                 self.begin()
                 return
         self._end()

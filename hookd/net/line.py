@@ -8,8 +8,8 @@ as nearly all do, is read, judged and handed on within the one call of the event
 What counts as an answer is a status line and headers.  A body that is cut, slow, endless or compressed changes nothing:
 it is read up to a bound, never decompressed, and costs the connection if it does not end there.
 
-A receiver tends to say the same again and again.  An answer that came in one piece, and is the one before to the byte, is not
-parsed a second time: from its start the parser could say nothing else.  (4 µs a delivery; a ``Date`` costs that once a second.)
+A receiver tends to say the same again and again.  The last 2xx that came in one piece, of at most ``REPEATED_MOST``, is not parsed
+when it comes again to the byte: from its start the parser could say nothing else.  (4 µs a delivery.)
 
 A line has nothing to say before it is asked.  Bytes that come while nobody asked, before the first request as after the
 last, end it: aiohttp would take them for the answer to the next request (aiohttp#13656, seen with 3.14.5).
@@ -48,7 +48,7 @@ BEYOND_BODY_MOST = 256 * 1024
 """Bytes of an answer beside its body (head, 1xx, chunk extensions, trailers) that are read before it is cut off."""
 
 REPEATED_MOST = 1024
-"""Bytes of an answer that is kept for the case that it comes again; one for each connection."""
+"""Bytes of an answer that is kept for the case that it comes again: one on each connection."""
 
 READ_BUFFER = 2**16
 """Only the parser's mark for flow control; what bounds an answer is ``max_response``."""
@@ -157,7 +157,7 @@ class Line(asyncio.Protocol):
         self._interim = 0
         self._received = 0
         self._said = b""
-        """The answer before this one, where it was a 2xx in one piece."""
+        """The last 2xx that came in one piece, whatever came since."""
         self._said_by: tuple[int, int, str, str] = (0, 0, "", "")
         """What it came to: the bound that it was read with, status, headers, body."""
         self._written_mono = 0.0
@@ -314,8 +314,8 @@ class Line(asyncio.Protocol):
         assert asker is not None
         most, outcome = asker.most, asker.outcome
         body = payload.read_nowait(-1) if payload.total_bytes and payload.exception() is None else b""
-        if body:
-            outcome.body = excerpt(body, most)
+        # always: an answer before it, which sent this request on, may have left its own
+        outcome.body = excerpt(body, most) if body else ""
         outcome.body_truncated = not whole or len(body) > most
         stays = whole and not lost and not message.should_close
         if stays and piece and len(piece) <= REPEATED_MOST and outcome.status < 300 and len(body) <= most:
@@ -326,6 +326,7 @@ class Line(asyncio.Protocol):
         outcome = asker.outcome
         outcome.first_byte_ms = (self._mono() - self._written_mono) * 1000
         _, outcome.status, outcome.headers, outcome.body = self._said_by
+        outcome.body_truncated = False
         self._hand_over(asker, stays=True)
 
     def _hand_over(self, asker: Asker, *, stays: bool) -> None:

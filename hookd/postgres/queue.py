@@ -363,7 +363,7 @@ class Queue:
     async def events(self, ids: Sequence[UUID]) -> dict[UUID, Event]:
         """The events of these ids; those whose day was dropped are missing, unless a dead letter has a copy."""
         rows = await self._run(self._connection.fetch, EVENTS, ids)
-        found = {id_: _event(id_, r) for r in rows for id_ in (ids[r[0] - 1],)}
+        found = {(id_ := ids[r[0] - 1]): _event(id_, r) for r in rows}
         missing = [i for i in ids if i not in found]
         if missing:
             found |= {

@@ -20,12 +20,13 @@ import uvloop
 
 from hookd.core.model import OutcomeKind
 from hookd.net import line
+from hookd.net.exchange import ExchangeOptions
 from tests.net.test_exchange import client_context, exchange, request, server_context
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from hookd.core.model import Outcome
     from tests.receiver import Call
@@ -324,7 +325,42 @@ def test_an_answer_that_comes_again_is_what_it_was(loop: str, cut: int) -> None:
     run(loop, go())
 
 
-def test_an_answer_that_comes_again_in_one_piece_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+class Script(Receiver):
+    """Answers each request with the next of these, each in its pieces."""
+
+    def __init__(self, *answers: Sequence[bytes]) -> None:
+        super().__init__(self._next)
+        self.answers = list(answers)
+
+    async def _next(self, _call: Call, writer: asyncio.StreamWriter) -> bool:
+        for piece in self.answers.pop(0):
+            writer.write(piece)
+            await writer.drain()
+            for _ in range(5):  # turns of the loop that they share: it is read before the next piece is written
+                await asyncio.sleep(0)
+        return False
+
+
+OK = HEAD + b"content-length: 2\r\n\r\nok"
+NO = HEAD + b"content-length: 2\r\n\r\nno"
+FAILED = b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"
+LONG = HEAD + b"content-length: 2000\r\n\r\n" + 2000 * b"x"
+
+
+@pytest.mark.parametrize(
+    ("answers", "parsed"),
+    [
+        pytest.param([[OK]] * 3, 1, id="the same"),
+        pytest.param([[OK], [NO], [OK]], 3, id="another between them"),
+        pytest.param([[OK], [OK], [FAILED], [FAILED], [OK]], 3, id="failures are looked at each time"),
+        pytest.param([[OK[:9], OK[9:]]] * 2, 2, id="in pieces"),
+        pytest.param([[LONG]] * 2, 2, id="too long to be kept"),
+        pytest.param([[OK], [OK + b"H"], [OK]], 3, id="something behind it"),
+    ],
+)
+def test_an_answer_that_comes_again_in_one_piece_is_not_parsed_again(
+    monkeypatch: pytest.MonkeyPatch, answers: list[list[bytes]], parsed: int
+) -> None:
     parsers = 0
 
     def new_parser(*arguments: Any) -> Any:
@@ -335,23 +371,78 @@ def test_an_answer_that_comes_again_in_one_piece_is_not_parsed_again(monkeypatch
     made = line.NewParser
     monkeypatch.setattr(line, "NewParser", new_parser)
 
-    async def parsed(*answers: bytes, cut: int = 10_000) -> int:
-        nonlocal parsers
-        async with Play(b"", cut, "held open") as receiver, exchange() as http:
-            parsers = 0
-            for receiver.data in answers:
-                assert (await http.send(request(receiver.url))).status == int(receiver.data[9:12])
-            return parsers
-
     async def go() -> None:
-        ok, other = HEAD + b"content-length: 2\r\n\r\nok", HEAD + b"content-length: 2\r\n\r\nno"
-        failed = b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"
-        assert await parsed(ok, ok, ok) == 1
-        assert await parsed(ok, other, ok) == 3, "the one before, and no other"
-        assert await parsed(ok, ok, failed, failed, ok) == 3, "a failure is looked at each time"
-        assert await parsed(ok, ok, cut=7) == 2, "its first piece might go on in another way"
+        async with Script(*answers) as receiver, exchange() as http:
+            for answer in answers:
+                outcome = await http.send(request(receiver.url))
+                assert outcome.status == int(b"".join(answer)[9:12])
+            assert (receiver.connections, parsers) == (1, parsed)
 
     run("uvloop", go())
+
+
+def test_bytes_of_a_body_are_no_answer_that_comes_again() -> None:
+    """An answer within an answer: kept is the whole, and compared is the beginning."""
+    around = b"content-length: %d\r\n\r\n" % len(OK)
+
+    async def bodies(*answers: Sequence[bytes]) -> list[str]:
+        async with Script(*answers) as receiver, exchange() as http:
+            return [(await http.send(request(receiver.url))).body for _ in answers]
+
+    async def go() -> None:
+        inner = OK.decode()
+        assert await bodies([HEAD + around, OK], [OK]) == [inner, "ok"]
+        assert await bodies([OK], [HEAD + b"x-a: 1\r\n" + around, OK]) == ["ok", inner]
+
+    run("uvloop", go())
+
+
+def test_an_answer_that_comes_again_after_a_reload_is_cut_as_asked_now() -> None:
+    async def go() -> None:
+        async with Script([OK], [OK]) as receiver, exchange() as http:
+            assert (await http.send(request(receiver.url))).body == "ok"
+            http.options = ExchangeOptions(max_response=1)
+            outcome = await http.send(request(receiver.url))
+            assert (outcome.body, outcome.body_truncated, outcome.reused) == ("o", True, True)
+
+    run("uvloop", go())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_a_redirect_said_stays_with_it(loop: str) -> None:
+    """Neither its body, headers nor their length are those of the answer after it, nor of one that comes again."""
+
+    async def go() -> None:
+        empty = HEAD + b"content-length: 0\r\n\r\n"
+        for said, truncated in ((b"FROM-A", False), (LONG[-1500:], True)):
+            async with Script([empty], [empty], [empty]) as target:
+                sent_on = b"HTTP/1.1 307 On\r\nlocation: %b\r\nretry-after: 9\r\ncontent-length: %d\r\n\r\n%b"
+                sent_on %= (target.url.encode(), len(said), said)
+                async with Script([sent_on]) as first, exchange(redirects="any", max_response=1000) as http:
+                    outcomes = [await http.send(request(u)) for u in (first.url, target.url, target.url)]
+                assert outcomes[0].redirects == 1
+                for outcome in outcomes:
+                    assert outcome.status == 200
+                    assert (outcome.body, outcome.body_truncated, outcome.retry_after) == ("", False, None), (
+                        truncated
+                    )
+                    assert outcome.headers == "content-length: 0"
+
+    run(loop, go())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_of_a_redirect_to_nowhere_nothing_is_shown(loop: str) -> None:
+    async def go() -> None:
+        async with Script([]) as gone:
+            url = gone.url
+        sent_on = b"HTTP/1.1 307 On\r\nlocation: %b\r\ncontent-length: 6\r\n\r\nFROM-A" % url.encode()
+        async with Script([sent_on]) as first, exchange(redirects="any") as http:
+            outcome = await http.send(request(first.url))
+        assert (outcome.kind, outcome.status) == (OutcomeKind.CONNECT_REFUSED, 0)
+        assert (outcome.headers, outcome.body) == ("", "")
+
+    run(loop, go())
 
 
 @pytest.mark.parametrize("loop", LOOPS)
