@@ -336,7 +336,9 @@ class Script(Receiver):
         for piece in self.answers.pop(0):
             writer.write(piece)
             await writer.drain()
-            for _ in range(5):  # turns of the loop that they share: it is read before the next piece is written
+            for _ in range(
+                5
+            ):  # turns of the loop that they share: it is read before the next piece is written
                 await asyncio.sleep(0)
         return False
 

@@ -790,15 +790,16 @@ class Database:
         return self._endpoints(e for e in self.endpoints.values() if e.xid >= xmax or e.xid in xip)
 
     @staticmethod
-    def _event_row(e: Event) -> tuple[Any, ...]:
+    def _event_row(known_by: UUID | int, e: Event) -> tuple[Any, ...]:
         expires_at = e.expires_at.timestamp() if e.expires_at else None
-        return (e.id, e.type, e.tenant, e.payload.encode(), e.created_at.timestamp(), expires_at, None)
+        return (known_by, e.type, e.tenant, e.payload.encode(), e.created_at.timestamp(), expires_at, None)
 
     def _read_events(self, _: Session, args: Sequence[Any]) -> list[Any]:
-        return [self._event_row(self.events[i]) for i in args[0] if i in self.events]
+        return [self._event_row(n, self.events[i]) for n, i in enumerate(args[0], 1) if i in self.events]
 
     def _buried_events(self, _: Session, args: Sequence[Any]) -> list[Any]:
-        return [self._event_row(next(d.event for d in self.dead.values() if d.event.id == i)) for i in args[0] if any(d.event.id == i for d in self.dead.values())]  # fmt: skip
+        dead = {d.event.id: d.event for d in reversed(self.dead.values())}
+        return [self._event_row(i, dead[i]) for i in args[0] if i in dead]
 
     def _flag_sleep(self, _: Session, args: Sequence[Any]) -> list[Any]:
         for shard in args[0]:
