@@ -265,19 +265,16 @@ class Connections:
             connection.close()
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
 
-        def let_go() -> None:
-            handler.abort()  # which lets go of the transport: it must not be closed once more
-            connection.close()
-
         try:
             begun = await self._begun_well(handler, target)
-        except BaseException:
-            let_go()
-            raise
-        if isinstance(begun, ConnectFailure):
-            let_go()
-            return begun
-        return self._line(handler.transport, target, let_go, begun)
+            if isinstance(begun, ConnectFailure):
+                return begun
+            # The line takes it over, and what aiohttp had around it can go.
+            transport, handler.transport = handler.transport, None
+        finally:
+            handler.abort()  # which closes what it still has
+            connection.close()
+        return self._line(transport, target, begun)
 
     async def _begun_well(self, handler: ResponseHandler, target: Target) -> ConnectFailure | float | None:
         """
@@ -332,7 +329,7 @@ class Connections:
                     # after the tunnel stood, all that is between the target and us is TLS
                     failure = ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
             else:
-                return self._line(transport, target, transport.abort, tls_ms)
+                return self._line(transport, target, tls_ms)
             if failure.kind not in NEXT_ADDRESS:
                 break
         return failure
@@ -351,9 +348,7 @@ class Connections:
             raise NoTunnel(ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE))
         return transport, tls_ms
 
-    def _line(
-        self, transport: asyncio.Transport, target: Target, let_go: Callable[[], None], tls_ms: float | None
-    ) -> Line:
+    def _line(self, transport: asyncio.Transport, target: Target, tls_ms: float | None) -> Line:
         self.opened += 1
         counted = True
 
@@ -362,7 +357,7 @@ class Connections:
             if counted:
                 counted = False
                 self._held -= 1
-            let_go()
+            transport.abort()
 
         return Line(
             transport, target.origin, let_go=ended, mono=self._mono, talking=self.talking, keep=self.keep, tls_ms=tls_ms
@@ -394,6 +389,8 @@ class Connections:
         """Drop everything."""
         self._sweeper.cancel()
         self.drop_idle()
+        for line in list(self.talking):
+            line.drop()
         await self._connector.close()
 
     def _guarded_socket(self, addr_info: tuple[Any, ...]) -> socket.socket:
