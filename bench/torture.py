@@ -27,6 +27,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -637,6 +638,12 @@ async def soak(run: Run) -> Found:
             found.count("slower at the end", last / first < RECOVERED)
             slope = _slope(memory[len(memory) // 6 :]) * 3600
             found.shown["memory slope, MB/h"] = round(slope, 2)
+            each = max(1, len(memory) // 6)
+            for n in range(6):
+                part = memory[n * each : (n + 1) * each]
+                found.shown[f"memory in sixth {n + 1}, MB"] = round(
+                    statistics.median([mb for _, mb in part]), 1
+                )
             found.count("memory grows by 2 MB/h or more", slope >= 2)
         found.account.add(await scene.settle_accounts())
     return found
