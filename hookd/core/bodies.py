@@ -70,9 +70,11 @@ def body(event: Event, form: BodyFormat, *, thin: ThinLink | None = None, source
     Raises:
         ValueError: a thin event without a thin_url; an event that was written past hookd's checks.
     """
-    written = event.bodies.get(form)
-    if written is None:
-        written = event.bodies[form] = _write(event, form, thin, source)
+    for known, written in event.bodies:
+        if known is form:
+            return written
+    written = _write(event, form, thin, source)
+    event.bodies += ((form, written),)
     return written
 
 

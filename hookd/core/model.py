@@ -146,8 +146,12 @@ class Event:
     headers: Mapping[str, str] | None = None
     deliveries: int = 0
     """Of it in memory.  Counted by the feed, which keeps it as long as there are any."""
-    bodies: dict[BodyFormat, bytes] = field(default_factory=dict, repr=False)
-    """Bodies already written, so that one event to 1,000 endpoints is serialised once (``core.bodies``)."""
+    bodies: tuple[tuple[BodyFormat, bytes], ...] = field(default=(), repr=False)
+    """
+    Bodies already written, so that one event to 1,000 endpoints is serialised once (``core.bodies``).
+
+    Few, so no dict: there is one of these for each event that waits in memory, empty.
+    """
 
 
 @dataclass(slots=True, eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health
@@ -434,8 +435,15 @@ class Queue:
 
 def _event(id_: UUID, r: asyncpg.Record) -> Event:
     _, type_, tenant, payload, created_at, expires_at, headers = r
+    # interned: thousands wait in memory, of few types and tenants
     return Event(
-        id_, type_, tenant, payload, created_at, expires_at, json.loads(headers) if headers else None
+        id_,
+        intern(type_),
+        intern(tenant),
+        payload,
+        created_at,
+        expires_at,
+        json.loads(headers) if headers else None,
     )
 
 
