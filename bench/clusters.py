@@ -203,7 +203,7 @@ class SmallDisk:
 
     def fill(self) -> None:
         """Take all that is free."""
-        with (self.folder / "ballast").open("wb") as file, contextlib.suppress(OSError):
+        with (self.folder / "ballast").open("ab") as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(65536))
                 file.flush()
