@@ -314,19 +314,17 @@ class Line(asyncio.Protocol):
         assert asker is not None
         most, outcome = asker.most, asker.outcome
         body = payload.read_nowait(-1) if payload.total_bytes and payload.exception() is None else b""
-        # always: an answer before it, which sent this request on, may have left its own
-        outcome.body = excerpt(body, most) if body else ""
+        outcome.body = text = excerpt(body, most) if body else ""
         outcome.body_truncated = not whole or len(body) > most
         stays = whole and not lost and not message.should_close
         if stays and piece and len(piece) <= REPEATED_MOST and outcome.status < 300 and len(body) <= most:
-            self._said, self._said_by = piece, (most, outcome.status, outcome.headers, outcome.body)
+            self._said, self._said_by = piece, (most, outcome.status, outcome.headers, text)
         self._hand_over(asker, stays=stays)
 
     def _end_repeated(self, asker: Asker) -> None:
         outcome = asker.outcome
         outcome.first_byte_ms = (self._mono() - self._written_mono) * 1000
         _, outcome.status, outcome.headers, outcome.body = self._said_by
-        outcome.body_truncated = False
         self._hand_over(asker, stays=True)
 
     def _hand_over(self, asker: Asker, *, stays: bool) -> None:
