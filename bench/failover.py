@@ -1,12 +1,12 @@
 """
-How long nothing is delivered when a daemon is killed, and another one stands by.
+How long nothing is delivered of what a daemon had, when it is killed beside another one.
 
     python bench/failover.py [--times 30] [--json]
 
-Two daemons on one database, and an event every 5 ms to 20 hosts in turn.  The one that owns the shards is killed with
-SIGKILL; from that moment until the first event that was inserted after it arrives, nobody delivered.  Such an event can
-only come from the other daemon, for events in flight were inserted before.  Then another daemon is started in place of
-the dead one, and so on.  Ends with a check that every event has arrived, once or more.
+Two daemons share the hosts of one database, and an event goes every 5 ms to 20 hosts in turn.  One is killed with SIGKILL;
+from that moment until the first event arrives that was inserted after it for a host of the dead one's, nobody delivered
+there: such an event can only come from the other daemon.  Then another daemon is started in place of the dead one, and so
+on.  Ends with a check that every event has arrived, once or more.
 
 With so few times the p99 is the worst of them.  Goal: p99 <= 250 ms.
 """
@@ -29,15 +29,23 @@ EVERY_S = 0.005
 SETTLED_S = 1.0
 GOAL_MS = 250.0
 
+OWNED = """
+select l.pid, e.tenant
+  from hookd.endpoint e
+  join pg_locks l on l.objid = e.shard
+ where l.locktype = 'advisory' and l.classid = 1752133483 and l.objsubid = 2 and l.granted
+   and l.database = (select oid from pg_database where datname = current_database())
+"""
+
 SEND = "select hookd.send('bench.made', '{\"n\": 1}'::text, tenant => $1)"
 
 
 class Stream:
-    """Events, one after another, and when each was inserted."""
+    """Events, one after another, and when each was inserted for whom."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self.begun: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, str]] = {}
 
     async def run(self) -> None:
         connection = await asyncpg.connect(self._stage.dsn)
@@ -45,8 +53,9 @@ class Stream:
         while True:
             begun = time.monotonic()
             number += 1
-            event_id = await connection.fetchval(SEND, f"tenant-{number % HOSTS}")
-            self.begun[str(event_id)] = begun
+            tenant = f"tenant-{number % HOSTS}"
+            event_id = await connection.fetchval(SEND, tenant)
+            self.begun[str(event_id)] = (begun, tenant)
             await asyncio.sleep(EVERY_S)
 
 
@@ -56,15 +65,16 @@ async def measured(stage: Stage, times: int) -> dict[str, Any]:
         [stage.host(n) for n in range(HOSTS)], "/timed", [f"tenant-{n}" for n in range(HOSTS)]
     )
     dice = random.Random(1)
-    # the first owns all shards, the second stands by
     daemons = [await asyncio.to_thread(stage.daemon)]
     stream = Stream(stage)
     arrived: dict[str, float] = {}
     sending = asyncio.create_task(stream.run())
     gaps = []
     for _ in range(times):
+        (owner,) = await _owners(stage, 1)
         daemons.append(await asyncio.to_thread(stage.daemon))
         await asyncio.sleep(SETTLED_S * dice.uniform(1, 1.5))
+        theirs = (await _owners(stage, 2))[owner]
         victim = daemons.pop(0)
         killed = time.monotonic()
         victim.process.kill()
@@ -75,7 +85,11 @@ async def measured(stage: Stage, times: int) -> dict[str, Any]:
                 raise SystemExit("nobody delivers after the kill")
             await asyncio.sleep(0.05)
             arrived |= await asyncio.to_thread(_timed, stage)
-            after = [at for i, at in arrived.items() if stream.begun.get(i, 0.0) > killed]
+            after = [
+                arrived[i]
+                for i, (begun, tenant) in stream.begun.items()
+                if begun > killed and tenant in theirs and i in arrived
+            ]
             first = min(after, default=None)
         gaps.append(first - killed)
     sending.cancel()
@@ -91,6 +105,24 @@ async def measured(stage: Stage, times: int) -> dict[str, Any]:
         "gaps_ms": [gap * 1000 for gap in gaps], "p50_ms": percentile(gaps, 0.5) * 1000,
         "p99_ms": percentile(gaps, 0.99) * 1000, "events": len(stream.begun),
     }  # fmt: skip
+
+
+async def _owners(stage: Stage, count: int) -> dict[int, set[str]]:
+    """Tenants by the session that owns the shard of their host, as soon as so many own all of them."""
+    connection = await asyncpg.connect(stage.dsn)
+    try:
+        until = time.monotonic() + 60
+        while True:
+            found: dict[int, set[str]] = {}
+            for row in await connection.fetch(OWNED):
+                found.setdefault(row["pid"], set()).add(row["tenant"])
+            if len(found) == count and sum(map(len, found.values())) == HOSTS:
+                return found
+            if time.monotonic() > until:
+                raise SystemExit(f"{count} daemons do not divide the hosts: {found}")
+            await asyncio.sleep(0.02)
+    finally:
+        await connection.close()
 
 
 def _timed(stage: Stage) -> dict[str, float]:
@@ -113,7 +145,7 @@ def main() -> None:
     else:
         print(f"{given.times} kills, {figures['events']:,} events, none lost")
         print(
-            f"  kill to the next daemon's first delivery: p50 {figures['p50_ms']:.0f} ms, p99 {figures['p99_ms']:.0f} ms, goal {GOAL_MS:g} ms"
+            f"  kill to the other daemon's first delivery for its hosts: p50 {figures['p50_ms']:.0f} ms, p99 {figures['p99_ms']:.0f} ms, goal {GOAL_MS:g} ms"
         )
         print(f"  {', '.join(f'{gap:.0f}' for gap in figures['gaps_ms'])}")
     sys.exit(0 if figures["p99_ms"] <= GOAL_MS else 1)

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 from account import Account
 from clusters import Cluster, SmallDisk, why_no_small_disk
-from scene import AWAY, Broken, Scene
+from scene import AWAY, Broken, Hookd, Scene
 from spoilt import BUGS
 from stage import percentile
 from witness import FORGERIES
@@ -544,7 +544,7 @@ async def disk_full(run: Run) -> Found:
             fault = scene.fault(lives=True)
             full = time.monotonic() + run.long(20, 3)
             while (now := time.monotonic()) < full or (
-                not scene.producer.errors and now < full + FULL_MOST_S
+                not scene.ran_full(daemon) and now < full + FULL_MOST_S
             ):
                 # again and again: PostgreSQL gives some of it back, and a table may have room for seconds
                 await asyncio.to_thread(scene.disk.fill)
@@ -559,7 +559,7 @@ async def disk_full(run: Run) -> Found:
             )
             found.count("daemons that ended", not daemon.alive)
             found.shown[f"refused inserts, {kind} full"] = scene.producer.errors
-            found.count("it did not run full", scene.producer.errors == 0)
+            found.count("it did not run full", not scene.ran_full(daemon))
             found.account.add(await scene.settle_accounts())
         run.step()
     return found
@@ -586,6 +586,15 @@ class _Cramped(Scene):
             wal.mkdir(mode=0o700)
             self.programs.give(wal)
             await asyncio.to_thread(self.primary.make, wal=wal / "wal")
+
+    def ran_full(self, daemon: Hookd) -> bool:
+        """
+        Whether somebody noticed.
+
+        A producer that waits for a daemon that cannot write is refused nothing: then it was the daemon.
+        """
+        lost = daemon.said("database lost")
+        return self.producer.errors > 0 or any("No space left on device" in str(line) for line in lost)
 
     async def close(self) -> None:
         if hasattr(self, "disk"):

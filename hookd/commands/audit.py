@@ -9,16 +9,21 @@ import click
 
 from hookd.commands.session import (
     Failed,
+    endpoint_of,
+    event_of,
     moment,
     options,
     print_json,
     print_table,
-    uuid_of,
     with_connection,
 )
 
 if TYPE_CHECKING:
+    import asyncpg
+
     from hookd.commands import Invocation
+    from hookd.config import Config
+    from hookd.postgres.pages import Page
 
 
 @click.command()
@@ -42,16 +47,21 @@ def audit(invocation: Invocation, /, *, limit: int, **given: Any) -> None:
     from hookd.postgres.audit import Sought, entries  # noqa: PLC0415 - not for --help
     from hookd.postgres.pages import TooMuch  # noqa: PLC0415
 
-    sought = Sought(
-        endpoint=uuid_of(given["endpoint"], "endpoint id") if given["endpoint"] else None,
-        event=uuid_of(given["event"], "event id") if given["event"] else None,
-        tenant=given["tenant"],
-        action=given["action"],
-        since=moment(given["since"]),
-        until=moment(given["until"]),
-    )
+    since, until = moment(given["since"]), moment(given["until"])
+
+    async def work(connection: asyncpg.Connection, _config: Config) -> Page:
+        sought = Sought(
+            endpoint=await endpoint_of(connection, given["endpoint"]) if given["endpoint"] else None,
+            event=await event_of(connection, given["event"]) if given["event"] else None,
+            tenant=given["tenant"],
+            action=given["action"],
+            since=since,
+            until=until,
+        )
+        return await entries(connection, sought, None, limit, look_s=10)
+
     try:
-        page = with_connection(invocation, lambda c, _: entries(c, sought, None, limit, look_s=10))
+        page = with_connection(invocation, work)
     except TooMuch as problem:
         raise Failed(str(problem)) from None
     if invocation.json:

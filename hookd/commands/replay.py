@@ -44,7 +44,7 @@ ASK_ABOVE = 100
 @click.option(
     "--type", "types", multiple=True, metavar="PATTERN", help="user.created or user.*; may be repeated."
 )
-@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event.")  # fmt: skip
+@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="May be repeated; default: exhausted, or all with --event or --where.")  # fmt: skip
 @click.option("--since", metavar="TIME", help="Events from 2h (ago), or from a time.")
 @click.option("--until", metavar="TIME", help="Events before then.")
 @click.option(

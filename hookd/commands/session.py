@@ -14,7 +14,6 @@ import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID
 
 import click
 
@@ -22,6 +21,7 @@ from hookd.config import DURATION, duration, load
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+    from uuid import UUID
 
     import asyncpg
 
@@ -93,11 +93,16 @@ def database_of(config: Config) -> Iterator[Database]:
         server.leave()
 
 
+class MayNotLook(Failed):
+    """This role may not see which migrations were applied."""
+
+
 async def bring_up_to_date(connection: asyncpg.Connection, config: Config) -> list[str]:
     """
     Migrate where the configuration says so; returns the names of what was applied.
 
     Raises:
+        MayNotLook: this role has no right to see which migrations were applied.
         Failed: the schema is not what this hookd needs.
     """
     import asyncpg as driver  # noqa: PLC0415 - not for --help
@@ -106,12 +111,19 @@ async def bring_up_to_date(connection: asyncpg.Connection, config: Config) -> li
 
     try:
         missing = await pending(connection)
-        if not missing:
-            return []
-        if not config.database.migrate:
-            raise Failed(
-                f"the database lacks {len(missing)} migrations, and database.migrate is false; run hookd migrate"
-            )
+    except SchemaMismatch as error:
+        raise Failed(str(error)) from None
+    except driver.InsufficientPrivilegeError as error:
+        raise MayNotLook(
+            f"this role may not look at hookd's schema ({error}); grant it hookd_reader or hookd_daemon"
+        ) from None
+    if not missing:
+        return []
+    if not config.database.migrate:
+        raise Failed(
+            f"the database lacks {len(missing)} migrations, and database.migrate is false; run hookd migrate"
+        )
+    try:
         return [m.name for m in await migrate(connection)]
     except SchemaMismatch as error:
         raise Failed(str(error)) from None
@@ -181,7 +193,9 @@ async def _with_connection(
         connection = await database.connect("command")
         try:
             if migrated:
-                await bring_up_to_date(connection, config)
+                # hookd_producer may not look, and may send: what else it may not do PostgreSQL says
+                with contextlib.suppress(MayNotLook):
+                    await bring_up_to_date(connection, config)
             return await work(connection, config)
         finally:
             connection.terminate()
@@ -215,21 +229,6 @@ def whoami() -> Actor:
     except (KeyError, OSError):  # a container may have a number and no name
         user = str(os.getuid()) if hasattr(os, "getuid") else "somebody"
     return Actor("cli", f"{user}@{socket.gethostname()}")
-
-
-def uuid_of(text: str, what: str = "id") -> UUID:
-    """
-    An id as it was typed.
-
-    Raises:
-        Failed: it is none.
-    """
-    try:
-        return UUID(text)
-    except ValueError:
-        raise Failed(
-            f"{text!r} is no {what}; it looks like 01890a5d-ac96-774b-bcce-b302099a8057", 2
-        ) from None
 
 
 async def endpoint_of(connection: asyncpg.Connection, text: str) -> UUID:

@@ -123,7 +123,7 @@ def _values(config: Config, catalogue: Catalogue, *, for_everybody: bool) -> dic
         "disable_after": length(retry.disable_after),
         "asked_again": length(retry.disable_after * ASK_AGAIN_SHARE),
         "thin": thin,
-        "thin_url": json.dumps(fetched)[1:-1] if thin else "",
+        "thin_url": json.dumps(fetched, ensure_ascii=False)[1:-1] if thin else "",
         "contact": prose(head.contact),
         "addresses": "\n".join(f"- {code(address)}" for address in head.addresses),
         "own": "yes" if for_everybody else "",
