@@ -37,6 +37,9 @@ SAY_AGAIN_S = 60.0
 HELD_BACK_S = 900.0
 """A snapshot that has kept vacuum from its work for so long is logged."""
 
+REFUSED_S = 3600.0
+"""How often the same refusal of the same upkeep is logged: it lasts until somebody acts, and holds up no delivery."""
+
 FAULT_S = 5.0
 """For so long after it was met a fault of ours is shown: what it holds is tried again every second or two."""
 
@@ -121,7 +124,7 @@ class Reports:
     def health(self, found: DatabaseHealth | str) -> None:
         """What holds PostgreSQL's vacuum back, or why nobody can tell."""
         if isinstance(found, str):
-            if self._due_to_say(found, HELD_BACK_S):
+            if self._due_to_say(found, REFUSED_S):
                 log.warning("the health of PostgreSQL cannot be seen", problem=found)
             return
         for holder in found.holders:
@@ -137,6 +140,11 @@ class Reports:
                     seconds=round(holder.seconds),
                     transactions=holder.transactions,
                 )
+
+    def upkeep_refused(self, work: str, problem: str) -> None:
+        """PostgreSQL did not do what can wait; ``work`` says what."""
+        if self._due_to_say(f"{work}: {problem}", REFUSED_S):
+            log.warning("upkeep was refused; it is tried again", work=work, problem=problem)
 
     # This machine and its configuration.
 

@@ -2,7 +2,8 @@
 Upkeep: what has to be done now and then.
 
 Day partitions are made ahead of time and dropped when retention ends them.  Both need a lock that a long reader may
-hold; they are tried again at the next round, and meanwhile the open partition takes what comes.
+hold; they are tried again at the next round, and meanwhile the open partition takes what comes.  The same goes for
+whatever PostgreSQL refuses: nothing here keeps anything from being delivered.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,6 +142,8 @@ class Resolver:
         self._channel: aiodns.DNSResolver | None = None
         self._channel_born = 0.0
         self._retired: list[aiodns.DNSResolver] = []
+        self._under_way: Counter[aiodns.DNSResolver] = Counter()
+        """Look-ups that a channel has not answered; only of those that have some."""
         self.lookups = 0
         self._heard_mono = float("-inf")
         """When a name server answered last."""
@@ -198,6 +200,7 @@ class Resolver:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._retire()
+        self._under_way.clear()
         await self._close_retired()
 
     def _known(self, host: str) -> _Answer | None:
@@ -258,18 +261,28 @@ class Resolver:
         self._cache[host] = answer
         while len(self._cache) > CACHE_MOST:
             self._cache.popitem(last=False)
-        if self._retired and len(self._asking) == 1:
-            await self._close_retired()
         return answer
 
     async def _query(self, host: str, kind: str) -> Said:
         channel = self._current()
-        said = await self._told(channel, host, kind)
+        said = await self._told_by(channel, host, kind)
         if said.code == pycares.errno.ARES_ETIMEOUT:
             if channel is self._channel:
                 self._retire()
-            said = await self._told(self._current(), host, kind)
+            said = await self._told_by(self._current(), host, kind)
         return said
+
+    async def _told_by(self, channel: aiodns.DNSResolver, host: str, kind: str) -> Said:
+        """Ask a channel that may be retired meanwhile: with the last of its look-ups it is closed."""
+        self._under_way[channel] += 1
+        try:
+            return await self._told(channel, host, kind)
+        finally:
+            self._under_way[channel] -= 1
+            if not self._under_way[channel]:
+                del self._under_way[channel]
+            if self._retired:
+                await self._close_retired()
 
     async def _told(self, channel: aiodns.DNSResolver, host: str, kind: str) -> Said:
         try:
@@ -342,8 +355,10 @@ class Resolver:
             self._channel = None
 
     async def _close_retired(self) -> None:
-        retired, self._retired = self._retired, []
-        for channel in retired:
+        """Each has a thread and descriptors of its own; closing one would end what it is still asked for."""
+        done = [channel for channel in self._retired if channel not in self._under_way]
+        self._retired = [channel for channel in self._retired if channel in self._under_way]
+        for channel in done:
             await channel.close()
 
     def _new_channel(self, timeout_s: float = QUERY_TIMEOUT_S, tries: int = 2) -> aiodns.DNSResolver:

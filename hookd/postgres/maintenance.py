@@ -2,6 +2,9 @@
 What keeps the schema in shape while the daemon runs: partitions, retention, settings, the daemon's own summary.
 
 It has a connection of its own, because a partition may have to wait for a lock, and settling may not.
+
+Most of it can wait: what PostgreSQL refuses of that, or does not finish in time, is reported and left for the next round,
+because nothing of it is worth a delivery.  A few statements a tenure cannot do without: a refusal of those ends it.
 """
 
 from __future__ import annotations
@@ -12,17 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from hookd.postgres.connect import refused
+from hookd.postgres.connect import refused, unavailable
 from hookd.postgres.health import examine
 from hookd.postgres.registry import VERIFIED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from uuid import UUID
 
     from hookd.core.database import DatabaseHealth
 
 TIMEOUT_S = 60.0
+
+CUT_TIMEOUT_S = 5.0
+"""Where the open partition has rows, all of them are read before a day is cut off it, and every producer waits meanwhile."""
+
+CUT_AGAIN_S = 3600.0
+"""From a day that could not be cut off to the next try: it takes the table from producers each time, and is no hurry."""
+
+CUT_BY_HAND = (
+    "not done after {seconds:g} s, in which no producer could write: the open partition has many rows to be read; "
+    "run select hookd.add_partition('{parent}') in a quiet hour"
+)
+
+LEAVES_THE_SESSION = (
+    asyncpg.ObjectNotInPrerequisiteStateError,  # a lock that was not to be had, a day that somebody was detaching
+    asyncpg.TransactionRollbackError,  # deadlock
+    asyncpg.QueryCanceledError,  # somebody has cancelled it
+    TimeoutError,
+)
+"""Elsewhere these mean that a session starts over.  Here they end a statement, unless the connection is closed by then."""
 
 ADD_PARTITION = "select hookd.add_partition($1)"
 
@@ -97,49 +119,98 @@ on conflict (at, endpoint) do update
        total_ms = h.total_ms + excluded.total_ms, slowest_ms = greatest(h.slowest_ms, excluded.slowest_ms)
 """
 
-PURGE_FIGURES = (
-    """
-    delete from hookd.tally
-     where at < clock_timestamp() - make_interval(secs => $1) or seconds = 60 and at < clock_timestamp() - interval '2 days'
-    """,
-    "delete from hookd.endpoint_hour where at < clock_timestamp() - make_interval(secs => $1)",
-)
+PURGE_TALLY = """
+delete from hookd.tally
+ where (seconds, at, node) in (
+   select seconds, at, node from hookd.tally
+    where at < clock_timestamp() - make_interval(secs => $1) or seconds = 60 and at < clock_timestamp() - interval '2 days'
+    order by at limit 5000)
+"""
+
+PURGE_HOURS = """
+delete from hookd.endpoint_hour
+ where (at, endpoint) in (
+   select at, endpoint from hookd.endpoint_hour
+    where at < clock_timestamp() - make_interval(secs => $1) order by at limit 5000)
+"""
 
 # A trail is read long after what it tells of is gone.
-PURGE_AUDIT = "delete from hookd.audit where at < clock_timestamp() - interval '400 days'"
+PURGE_AUDIT = """
+delete from hookd.audit
+ where id in (
+   select id from hookd.audit where at < clock_timestamp() - interval '400 days' order by at limit 5000)
+"""
 
 WITHDRAW = "delete from hookd.node where id = $1"
+
+
+class Refusals:
+    """What of the upkeep was refused.  It outlives the session: what rests does not begin anew with the next one."""
+
+    def __init__(self, mono: Callable[[], float], report: Callable[[str, str], None]) -> None:
+        """``report`` is told what was refused, and why, each time."""
+        self._mono = mono
+        self._report = report
+        self._met_mono: dict[str, float] = {}
+
+    def met(self, work: str, problem: str) -> None:
+        """It was refused."""
+        self._met_mono[work] = self._mono()
+        self._report(work, problem)
+
+    def rests(self, work: str, for_s: float) -> bool:
+        """Whether it was refused less than so long ago."""
+        return self._mono() - self._met_mono.get(work, float("-inf")) < for_s
 
 
 class Maintenance:
     """The connection for slow work."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, refusals: Refusals) -> None:
         self._connection = connection
+        self._refusals = refusals
         self._turn = asyncio.Lock()
 
     async def add_partition(self, parent: str) -> str | None:
-        """Cut the next day off the open partition if it is time; None if it was not, or if a lock was not to be had."""
-        return await self._locked(ADD_PARTITION, parent)
+        """Cut the next day off the open partition if it is time; None if it was not, or if it could not be done."""
+        work = f"cut {parent}"
+        if self._refusals.rests(work, CUT_AGAIN_S):
+            return None
+        name: str | None = await self._tried(
+            work,
+            self._connection.fetchval,
+            ADD_PARTITION,
+            parent,
+            timeout_s=CUT_TIMEOUT_S,
+            too_long=CUT_BY_HAND.format(seconds=CUT_TIMEOUT_S, parent=parent),
+        )
+        return name
 
     async def drop_partition(self, parent: str, older_than_s: float) -> str | None:
-        """Drop the oldest partition if it is all older; None if there was none, or if a lock was not to be had."""
-        return await self._locked(DROP_PARTITION, parent, older_than_s)
+        """Drop the oldest partition if it is all older; None if there was none, or if it could not be done."""
+        name: str | None = await self._tried(
+            f"drop {parent}",
+            self._connection.fetchval,
+            DROP_PARTITION,
+            parent,
+            older_than_s,
+        )
+        return name
 
     async def purge(self, *, dead_letters_s: float, events_s: float, attempts_s: float) -> int:
         """Delete what retention ends and partitions do not; one slice of each, returns how many rows."""
         deleted = 0
-        for statement, age in (
-            (PURGE_DEAD_LETTERS, dead_letters_s),
-            (PURGE_IDEMPOTENCY, events_s),
-            (PURGE_ENDPOINTS, events_s),
+        for table, statement, ages in (
+            ("dead_letter", PURGE_DEAD_LETTERS, (dead_letters_s,)),
+            ("idempotency", PURGE_IDEMPOTENCY, (events_s,)),
+            ("endpoint", PURGE_ENDPOINTS, (events_s,)),
+            ("node", PURGE_NODES, ()),
+            ("tally", PURGE_TALLY, (attempts_s,)),
+            ("endpoint_hour", PURGE_HOURS, (attempts_s,)),
+            ("audit", PURGE_AUDIT, ()),
         ):
-            status = await self._unless_locked(self._connection.execute, statement, age)
+            status = await self._tried(f"purge {table}", self._connection.execute, statement, *ages)
             deleted += int(status.rpartition(" ")[2]) if status else 0
-        await self._unless_locked(self._connection.execute, PURGE_NODES)
-        for statement in PURGE_FIGURES:
-            await self._unless_locked(self._connection.execute, statement, attempts_s)
-        await self._unless_locked(self._connection.execute, PURGE_AUDIT)
         return deleted
 
     async def prepare(self) -> None:
@@ -156,20 +227,27 @@ class Maintenance:
 
     async def publish(self, node: str, backend: int, started_at: float, summary: str) -> None:
         """Say how this daemon is doing; ``summary`` is JSON."""
-        await self._unless_locked(self._connection.execute, PUBLISH, node, backend, started_at, summary)
+        await self._tried("publish", self._connection.execute, PUBLISH, node, backend, started_at, summary)
 
     async def note_tally(
         self, seconds: int, at: float, node: str, gauges: tuple[int, float, int], figures: Mapping[str, int]
     ) -> None:
         """What a daemon has counted in so many seconds from then; ``gauges``: pending, oldest_s, in_flight."""
-        await self._unless_locked(
-            self._connection.execute, NOTE_TALLY, seconds, at, node, *gauges, json.dumps(figures)
+        await self._tried(
+            "note tally",
+            self._connection.execute,
+            NOTE_TALLY,
+            seconds,
+            at,
+            node,
+            *gauges,
+            json.dumps(figures),
         )
 
     async def note_hours(self, at: float, fares: Sequence[tuple[int, int, int, float, float]]) -> None:
         """Add to the hour that began then: endpoint key, delivered, failed, total and slowest milliseconds."""
         columns = [list(column) for column in zip(*fares, strict=True)]
-        await self._unless_locked(self._connection.execute, NOTE_HOURS, at, *columns)
+        await self._tried("note endpoint_hour", self._connection.execute, NOTE_HOURS, at, *columns)
 
     async def note_verified(self, endpoint_id: UUID, url: str) -> None:
         """An endpoint's URL has answered a challenge."""
@@ -183,9 +261,9 @@ class Maintenance:
         """
         How much is pending, each figure at most 100,000; and how old the oldest fresh delivery's event is.
 
-        None: somebody has locked the queue.
+        None: somebody has locked the queue, or it could not be counted.
         """
-        row = await self._unless_locked(self._connection.fetchrow, DEPTH)
+        row = await self._tried("count", self._connection.fetchrow, DEPTH)
         if row is None:
             return None
         return {name: float(value or 0) for name, value in row.items()}
@@ -196,15 +274,15 @@ class Maintenance:
         """How PostgreSQL does, as far as the queue depends on it, or why it does not say; given the retentions."""
 
         async def fetch(statement: str, *args: Any) -> Any:
-            return await self._run(self._connection.fetch, statement, *args)
+            return await self._asked(self._connection.fetch, statement, *args)
 
         try:
             return await examine(
                 fetch, events_s=events_s, attempts_s=attempts_s, dead_letters_s=dead_letters_s
             )
-        except asyncpg.PostgresError as error:
+        except (asyncpg.PostgresError, TimeoutError) as error:
             # a server that hides its statistics must not keep anything from being delivered
-            return str(error.args[0])
+            return str(refused(error))
 
     async def withdraw(self, node: str) -> None:
         """This daemon is gone."""
@@ -214,31 +292,51 @@ class Maintenance:
         """End the session."""
         self._connection.terminate()
 
-    async def _locked(self, statement: str, *args: Any) -> str | None:
-        name = await self._unless_locked(self._connection.fetchval, statement, *args)
-        return None if name is None else str(name)
+    async def _tried(
+        self,
+        work: str,
+        call: Any,
+        *args: Any,
+        timeout_s: float = TIMEOUT_S,
+        too_long: str = "",
+    ) -> Any:
+        """
+        What it returns; None where it was not done, which the next round makes good.
 
-    async def _unless_locked(self, call: Any, *args: Any) -> Any:
-        """What it returns; None where a lock was not to be had: it is tried again at the next round."""
+        A lock that was not to be had is nothing to speak of.  The rest is reported, ``too_long`` where it took longer than
+        ``timeout_s``.
+        """
         try:
-            return await self._asked(call, *args)
+            return await self._asked(call, *args, timeout_s=timeout_s)
         except asyncpg.LockNotAvailableError:
-            return None
+            pass
+        except TimeoutError:
+            self._refusals.met(work, too_long or f"not done after {timeout_s:g} s")
+        except asyncpg.PostgresError as error:
+            self._refusals.met(work, str(refused(error)))
+        return None
 
     async def _run(self, call: Any, *args: Any) -> Any:
+        """What it returns; whatever it is refused for ends the tenure."""
         try:
             return await self._asked(call, *args)
-        except asyncpg.LockNotAvailableError as error:
+        except (asyncpg.PostgresError, TimeoutError) as error:
             raise refused(error) or error from error
 
-    async def _asked(self, call: Any, *args: Any) -> Any:
+    async def _asked(self, call: Any, *args: Any, timeout_s: float = TIMEOUT_S) -> Any:
+        """
+        What it returns, or raises as long as there is a session.
+
+        Raises:
+            DatabaseUnavailable: there is none any more.
+        """
         async with self._turn:
             try:
-                return await call(*args, timeout=TIMEOUT_S)
-            except asyncpg.LockNotAvailableError:
-                raise
+                return await call(*args, timeout=timeout_s)
             except Exception as error:
-                problem = refused(error)
+                if isinstance(error, LEAVES_THE_SESSION) and not self._connection.is_closed():
+                    raise
+                problem = unavailable(error)
                 if problem is not None:
                     raise problem from error
                 raise

@@ -24,7 +24,7 @@ import pytest
 
 from tests.cluster import Cluster, cluster, free_port
 from tests.daemon_process import DaemonProcess
-from tests.producing import add_endpoint, fetch, send, wait_empty, wait_for_row
+from tests.producing import add_endpoint, add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
 from tests.receiver import OK, Call, Receiver
 from tests.wire import Wire
 
@@ -452,6 +452,55 @@ def test_somebody_locks_the_queue_for_longer_than_a_statement_may_take(
             await wait_ready(daemon, 200)
         assert_said_once(daemon)
         assert daemon.stop() == 0
+
+    asyncio.run(go())
+
+
+# Counts how often it is tried, as a sequence does: whatever becomes of the transaction.
+REFUSE_TO_PUBLISH = """
+create sequence public.tries;
+create function public.refuse() returns trigger language plpgsql
+as $$ begin perform nextval('public.tries'); raise exception 'not here'; end $$;
+create trigger refuse before insert on hookd.node for each row execute function public.refuse()
+"""
+
+
+def test_the_application_is_in_the_way_of_upkeep(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """A foreign key on what retention ends, and a trigger: each is said once, and all else goes on."""
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            _, gone = await add_endpoint_with_id(dsn, receiver.url.replace("/hook", "/gone"))
+            connection = await asyncpg.connect(dsn)
+            await connection.execute(
+                f"""
+                update hookd.endpoint set state = 'removed' where id = '{gone}';
+                update hookd.endpoint set state_at = now() - interval '400 days';
+                create table public.subscription (endpoint integer references hookd.endpoint (key));
+                insert into public.subscription select key from hookd.endpoint;
+                insert into hookd.audit (at, via, who, action) values (now() - interval '500 days', 'cli', 'me', 'pause')
+                """
+            )
+            await connection.execute(REFUSE_TO_PUBLISH)
+            await connection.close()
+            await add_endpoint(dsn, receiver.url)
+            daemon = start_daemon()
+            # what comes later in the round than the endpoints
+            await wait_for_row(dsn, "select 1 where not exists (select from hookd.audit)")
+            await wait_for_row(dsn, "select 1 from public.tries where last_value >= 3")
+            await send(dsn)
+            await wait_empty(dsn)
+            assert len(receiver.calls) == 1
+            assert daemon.stop() == 0
+        said = {line["work"]: line for line in daemon.said("upkeep was refused")}
+        assert set(said) == {"purge endpoint", "publish"}
+        assert len(daemon.said("upkeep was refused")) == 2
+        assert {line["level"] for line in said.values()} == {"warning"}
+        assert "subscription_endpoint_fkey" in said["purge endpoint"]["problem"]
+        assert said["publish"]["problem"] == "not here"
+        assert not daemon.said("database lost")
 
     asyncio.run(go())
 

@@ -39,6 +39,8 @@ class Dns(asyncio.DatagramProtocol):
         self.silent = False
         self.silent_for: set[str] = set()
         self.asked: list[tuple[str, int]] = []
+        self.withheld: dict[str, list[tuple[bytes, tuple[str, int]]]] | None = None
+        """Where it is set, answers wait here for ``let_go``."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.DatagramTransport", transport)
@@ -70,8 +72,19 @@ class Dns(asyncio.DatagramProtocol):
         reply = (
             data[:2] + struct.pack(">HHHHH", flags, 1, len(found) + bool(alias), 0, 0) + question + answers
         )
-        if not self.silent and name not in self.silent_for:
+        if self.withheld is not None:
+            self.withheld.setdefault(name, []).append((reply, addr))
+        elif not self.silent and name not in self.silent_for:
             asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
+
+    async def let_go(self, name: str) -> None:
+        """Give the answers for a name, after both of its families were asked for."""
+        assert self.withheld is not None
+        async with asyncio.timeout(10):
+            while len(self.withheld.get(name, ())) < 2:
+                await asyncio.sleep(0.005)
+        for reply, addr in self.withheld.pop(name):
+            self.transport.sendto(reply, addr)
 
 
 def with_dns(
@@ -216,6 +229,33 @@ async def test_a_channel_that_learned_impatience_is_replaced(dns: Dns, make: Cal
     dns.delay_s = 2.0
     found = await resolver.resolve("slow.example")
     assert found.addresses == ("127.0.0.3",), found.problem
+
+
+@with_dns
+async def test_channels_are_closed_though_some_look_up_is_always_under_way(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """Each has a thread and descriptors: one that is retired is closed with the last of its own look-ups, and not before."""
+    now = 0.0
+    resolver = make(mono=lambda: now)
+    dns.withheld = {}
+    for n in range(12):
+        dns.records[f"n{n}.example", A] = ["127.0.0.2"]
+    earlier = asyncio.create_task(resolver.resolve("n0.example"))
+    for n in range(1, 12):
+        while len(dns.asked) < 2 * n:
+            await asyncio.sleep(0.005)
+        now += 400.0  # each look-up has a new channel
+        later = asyncio.create_task(resolver.resolve(f"n{n}.example"))
+        while len(dns.asked) < 2 * n + 2:
+            await asyncio.sleep(0.005)
+        assert len(resolver._retired) == 1
+        await dns.let_go(f"n{n - 1}.example")
+        assert (await earlier).addresses == ("127.0.0.2",), "it was not cut short"
+        assert resolver._retired == []
+        earlier = later
+    await dns.let_go("n11.example")
+    assert (await earlier).addresses == ("127.0.0.2",)
 
 
 @with_dns
