@@ -4,7 +4,7 @@ The plans of the hot queries, on a queue of 1,000,000 rows: writes ``docs/querie
     python bench/plans.py [--rows 1000000] [--out docs/queries.md]
 
 The statements are taken from ``hookd/postgres/queue.py`` and ``owner.py`` as they are, prepared, and explained with
-ANALYZE and BUFFERS in a session whose plans are pinned like the feed's.  Those that write are rolled back.  The queue
+ANALYZE and BUFFERS in a session whose plans are pinned like the feed's and the owner's.  Those that write are rolled back.  The queue
 holds fresh rows of 100 endpoints, and of ten of them rows with a due time, an order key or a coalesce key; the table was
 vacuumed and analyzed, and the caches are warm: each is explained twice, and the second time counts.  The exit status
 is 1 where a plan walks over a whole table.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 from stage import Stage
 
-from hookd.postgres import owner, queue
+from hookd.postgres import connect, owner, queue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +40,8 @@ PostgreSQL {version} on a queue of {rows:,} rows ({fresh:,} fresh, {due:,} with 
 `EXPLAIN`'s own clock included; what matters is how much more a plan reads than it returns, and that none walks over the
 whole queue: where one does, it says so.
 
-The feed pins its plans (`PIN_PLANS` in `hookd/postgres/queue.py`): statistics of a queue are always wrong, it is empty, then it is
-not. Generic plans show no row estimates worth reading, so costs are left out.
+The feed and the owner pin their plans (`PIN_PLANS` in `hookd/postgres/connect.py`): statistics of a queue are always wrong, it is
+empty, then it is not. Generic plans show no row estimates worth reading, so costs are left out.
 """
 
 INSERT = """
@@ -151,7 +151,7 @@ async def written(stage: Stage, rows: int) -> tuple[str, list[str]]:
     counts = await connection.fetchrow("select count(*) filter (where due_at is null) as fresh, count(*) filter (where due_at is not null) as due, count(*) filter (where order_key is not null or coalesce_key is not null) as keyed from hookd.delivery")  # fmt: skip
     assert counts is not None
     version = (await connection.fetchval("show server_version")).split()[0]
-    await connection.execute(queue.PIN_PLANS)
+    await connection.execute(connect.PIN_PLANS)
     parts = [HEAD.format(version=version, rows=rows, endpoints=ENDPOINTS, **counts)]
     walks: list[str] = []
     for query in wanted:

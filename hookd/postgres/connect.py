@@ -60,6 +60,17 @@ CLIENT_UNANSWERED_MS = 5000
 # Notices a dead client while a statement runs; not every platform has it.
 CHECK_CLIENT = "select set_config('client_connection_check_interval', '3s', false)"
 
+# Statistics of a queue are always wrong (it is empty, then it is not), and a planner that follows them changes its mind in the
+# middle of a backlog.  For the sessions that ask the same few statements all the time; each has an index that fits.
+PIN_PLANS = """
+set plan_cache_mode = force_generic_plan;
+set enable_seqscan = off;
+set enable_hashjoin = off;
+set enable_mergejoin = off;
+set enable_bitmapscan = off;
+set jit = off
+"""
+
 RETRYABLE = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # shutting down, starting up, cancelled, killed

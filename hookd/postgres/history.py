@@ -106,11 +106,16 @@ select v.id as event_id, e.id as endpoint_id, 'missing' as state, e.state as end
  order by v.id
 """
 
-# With a due time, even if it is now: so they are served like retries, which leave most of a host's turns to what is fresh.
+# With a due time, even if it is now: so they are served like retries, which leave most of a host's turns to what is fresh.  What
+# was to be delivered later is not delivered before then, except by hand, without a start ($4).
 REPLAY = """
 with queued as (
   insert into hookd.delivery (shard, endpoint, event_id, due_at, replay)
-  select e.shard, e.key, k.event_id, $4::timestamptz + make_interval(secs => k.delay_s), true
+  select e.shard, e.key, k.event_id,
+         case when $4::timestamptz is not null then
+           greatest($4::timestamptz + make_interval(secs => k.delay_s),
+                    (select v.deliver_at from hookd.event v where v.id = k.event_id)) end,
+         true
     from unnest($1::uuid[], $2::uuid[], $3::double precision[]) with ordinality as k (event_id, endpoint_id, delay_s, n)
     join hookd.endpoint e on e.id = k.endpoint_id and e.state <> 'removed'
    order by k.n

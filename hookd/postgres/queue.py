@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hookd.core.model import BodyFormat, Endpoint, EndpointKey, EndpointState, Event, Health
 from hookd.core.reads import Arrivals, Place, Row, Snapshot
-from hookd.postgres.connect import refused
+from hookd.postgres.connect import PIN_PLANS, refused
 from hookd.postgres.vault import opened
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
     from hookd.postgres.vault import Opened
 
 READ_TIMEOUT_S = 30.0
-
-PIN_PLANS = """
-set plan_cache_mode = force_generic_plan;
-set enable_seqscan = off;
-set enable_hashjoin = off;
-set enable_mergejoin = off;
-set enable_bitmapscan = off;
-set jit = off
-"""
 
 ECHO = "echo "
 """What a notification begins with that a daemon sends to itself; to the others it means nothing."""
@@ -175,10 +166,41 @@ union all
 select endpoint, false, due_at from due
 """
 
-# After a dump and restore stored transaction ids lie above the counter and would never arrive.
+# After a dump and restore stored transaction ids lie above the counter, and what has one would seem to be new at every look.
+# In slices: after a restore all that is pending is among them, and one statement for millions of rows would take longer than is
+# waited for.  What is locked is left out: another daemon resets it, and nobody waits for the other.
 RESET_FOREIGN_XIDS = """
-update hookd.delivery set xid = '0' where xid >= pg_snapshot_xmax(pg_current_snapshot())
+with foreigners as materialized (
+  select d.event_id, d.id from hookd.delivery d
+   where d.xid >= pg_snapshot_xmax(pg_current_snapshot())
+   order by d.xid limit $1
+   for update skip locked
+),
+reset as (
+  update hookd.delivery d set xid = '0'
+    from foreigners f where d.event_id = f.event_id and d.id = f.id
+  returning d.id
+)
+select count(*)::integer from reset
 """
+
+# The trigger that notes a change does not see this one.
+RESET_FOREIGN_ENDPOINTS = """
+with foreigners as materialized (
+  select e.key from hookd.endpoint e
+   where e.xid >= pg_snapshot_xmax(pg_current_snapshot())
+   order by e.xid limit $1
+   for update skip locked
+),
+reset as (
+  update hookd.endpoint e set xid = '0' from foreigners f where e.key = f.key
+  returning e.key
+)
+select count(*)::integer from reset
+"""
+
+RESET_SLICE = 5000
+"""Rows that one of these takes."""
 
 SNAPSHOT = "select pg_current_snapshot()::text as snapshot, clock_timestamp() as now"
 
@@ -342,7 +364,9 @@ class Queue:
 
     async def recover(self) -> tuple[list[EndpointKey], list[tuple[EndpointKey, float]]]:
         """The endpoints that have fresh rows, and those that have rows with a time, with the first of these."""
-        await self._run(self._connection.execute, RESET_FOREIGN_XIDS)
+        for reset in (RESET_FOREIGN_XIDS, RESET_FOREIGN_ENDPOINTS):
+            while await self._run(self._connection.fetchval, reset, RESET_SLICE) == RESET_SLICE:
+                pass
         rows = await self._run(self._connection.fetch, RECOVER)
         fresh = [EndpointKey(r["endpoint"]) for r in rows if r["fresh"]]
         due = [(EndpointKey(r["endpoint"]), r["due_at"].timestamp()) for r in rows if not r["fresh"]]

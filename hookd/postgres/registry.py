@@ -115,7 +115,8 @@ update hookd.endpoint
 returning key, state_at
 """
 
-# What a disabled endpoint missed: what died with it or was never fanned out, by type and filter as they are now.
+# What a disabled endpoint missed: what died with it or was never fanned out, by type and filter as they are now; of what was to
+# be delivered later, not before then.
 MISSED = """
 with missed as (
   select v.id, v.key
@@ -139,7 +140,7 @@ chosen as (
 ),
 queued as (
   insert into hookd.delivery (shard, endpoint, event_id, due_at, replay)
-  select e.shard, e.key, c.id, now(), true
+  select e.shard, e.key, c.id, greatest(now(), (select v.deliver_at from hookd.event v where v.id = c.id)), true
     from (select id from chosen order by id) c
    cross join hookd.endpoint e
    where e.id = $1

@@ -13,6 +13,7 @@ import pytest
 
 from hookd.postgres import registry
 from hookd.postgres.migrate import CREATE_RECORD, RECORD, SchemaMismatch, migrate, migrations, pending
+from tests.cluster import cluster
 from tests.conftest import run_sql
 from tests.producing import add_endpoint, add_endpoint_with_id, fetch, send
 
@@ -106,6 +107,7 @@ RELEASED = {
     8: "8bfecd86700818ae83b424c1f68a996e5b8511596b2c7ce11c566013f7b3e6ab",
     9: "cc72f8e5cdd589d7d0fcfa07c82a4fb8f7199bc7916df1d6b01bf66ace3c4592",
     10: "9c6355f9902c5261926854c7c60750e6408cc8ce5dc092e4fbfa7c3e7f819d48",
+    11: "e527fb90d4bdc47a3bf947750cbbc672cbeccc46cf8ddec2a3c78bc7fac6f76d",
 }
 """Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
 
@@ -396,6 +398,37 @@ def test_only_a_sleeper_is_notified(dsn: str, asleep: bool) -> None:
     assert asyncio.run(go()) == (2 if asleep else 0)
 
 
+def test_who_prepares_transactions_asks_for_no_notification() -> None:
+    """PREPARE TRANSACTION is refused after a NOTIFY: it depended on whether a daemon was asleep."""
+
+    async def go(dsn: str) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        connection = await asyncpg.connect(dsn)
+        await connection.execute("select setval(sleeper, 2) from hookd.shard")
+        await connection.execute("set role hookd_producer")
+        many = "insert into hookd.event (type, payload) values ('a', '1'), ('a', '2')"
+        for statement in ("select hookd.send('a', '{}'::text)", many):
+            await connection.execute("begin")
+            await connection.execute(statement)
+            with pytest.raises(asyncpg.FeatureNotSupportedError):
+                await connection.execute("prepare transaction 'one'")
+            await connection.execute("begin")
+            await connection.execute("set local hookd.notify = 'off'")
+            await connection.execute(statement)
+            await connection.execute("prepare transaction 'one'")
+            await connection.execute("commit prepared 'one'")
+        await connection.execute("reset role")
+        assert await connection.fetchval("select count(*) from hookd.delivery") == 3
+        # the setting was local: others are told as before
+        await connection.execute("begin; select hookd.send('a', '{}'::text)")
+        with pytest.raises(asyncpg.FeatureNotSupportedError):
+            await connection.execute("prepare transaction 'one'")
+        await connection.close()
+
+    with cluster(max_prepared_transactions="5") as server:
+        asyncio.run(go(server.create("prepared")))
+
+
 # Roles.
 
 
@@ -502,6 +535,108 @@ def test_a_reader_does_not_let_upkeep_block_producers(dsn: str) -> None:
         assert await upkeep.fetchval("select hookd.add_partition('event', 9)")
         await reader.close()
         await upkeep.close()
+
+    asyncio.run(go())
+
+
+def where_they_are(dsn: str, table: str) -> dict[str, str]:
+    """The partition of each row; by a column that says which it is."""
+    name = "payload" if table == "event" else "answer_body"
+    (rows,) = on(
+        dsn,
+        f"select t.{name} as name, c.relname::text as day from hookd.{table} t join pg_class c on c.oid = t.tableoid",
+    )
+    return {row["name"]: row["day"] for row in rows}
+
+
+def day(table: str, ahead: int) -> str:
+    on_that = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=ahead)
+    return f"{table}_{on_that:%Y%m%d}"
+
+
+AT = "(((now() at time zone 'utc')::date + {})::timestamp at time zone 'utc')"
+"""Midnight, so many days from now."""
+
+STRAYS = {
+    "event": f"""
+insert into hookd.event (id, type, payload, headers)
+select hookd.uuid7_floor({AT.format(0)} + at), 'a', name, '{{"x": "1"}}'
+  from (values (interval '1 day', '"near"'), ('4 days 23 hours 59 minutes', '"last"'), ('5 days', '"first"'),
+               ('40 days', '"far"')) as v (at, name)
+""",
+    "attempt": f"""
+insert into hookd.attempt (at, delivery_id, event_id, endpoint, attempt, status, verdict, answer_body, answer_truncated, tls_ms)
+select {AT.format(0)} + at, 7, hookd.uuid7(), 1, 1, 200, 'delivered', name, true, 1.5
+  from (values (interval '1 day', '"near"'), ('4 days 23 hours 59 minutes', '"last"'), ('5 days', '"first"'),
+               ('40 days', '"far"')) as v (at, name)
+""",
+}
+
+
+@pytest.mark.parametrize("table", STRAYS)
+def test_what_lies_beyond_a_cut_goes_along(dsn: str, table: str) -> None:
+    """Ids that somebody made himself, or a clock that was ahead: no day was ever cut off again."""
+    endpoints(dsn, "http://127.0.0.1:9001/")
+    run_sql(dsn, STRAYS[table])
+    everything = (
+        f"select * from hookd.{table} order by 1",
+        "select id, event_id, xid::text as xid from hookd.delivery order by id",
+    )
+    before = on(dsn, *everything)
+    assert where_they_are(dsn, table) == {
+        '"near"': day(table, 1),
+        **dict.fromkeys(('"last"', '"first"', '"far"'), day(table, 2)),
+    }
+    cut, *after = on(dsn, f"select hookd.add_partition('{table}', 5) as name", *everything)
+    assert cut[0]["name"] == day(table, 5)
+    assert after == before, "and nothing was fanned out again"
+    assert where_they_are(dsn, table) == {
+        '"near"': day(table, 1),
+        '"last"': day(table, 2),
+        **dict.fromkeys(('"first"', '"far"'), day(table, 5)),
+    }
+    again, none = on(dsn, *[f"select hookd.add_partition('{table}', 6) as name"] * 2)
+    assert again[0]["name"] == day(table, 6)
+    assert none[0]["name"] is None
+    assert where_they_are(dsn, table)['"far"'] == day(table, 6)
+    assert on(dsn, *everything) == before
+    # both take what comes
+    on(dsn, STRAYS[table].replace(AT.format(0), AT.format(0) + " + interval '1 second'"))
+    (counted,) = on(
+        dsn,
+        f"""select c.relname::text as day, count(*)
+              from hookd.{table} t join pg_class c on c.oid = t.tableoid group by c.relname""",
+    )
+    assert {r["day"]: r["count"] for r in counted} == {day(table, n): 2 for n in (1, 2, 5, 6)}
+
+
+def test_a_day_is_cut_off_where_everything_is_published(dsn: str) -> None:
+    """A DELETE in a table without a key is refused there."""
+    run_sql(dsn, "create publication everything for all tables")
+    (cut,) = on(dsn, "select hookd.add_partition('attempt', 5) as name")
+    assert cut[0]["name"] == day("attempt", 5)
+
+
+def test_two_that_cut_at_once_cut_once(dsn: str) -> None:
+    """The second one failed: there was the table already."""
+
+    async def go() -> None:
+        first, second = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+        add = "select hookd.add_partition($1, $2)"
+        drop = "select hookd.drop_partition('event', now() + interval '1 day')"
+        await first.execute("begin")
+        assert await first.fetchval(add, "event", 5)
+        assert await second.fetchval(add, "event", 5) is None
+        assert await second.fetchval(drop) is None
+        await first.execute("commit")
+        assert await second.fetchval(add, "event", 5) is None
+        assert await second.fetchval(add, "event", 6)
+        await first.execute("begin")
+        assert await first.fetchval(drop)
+        assert await second.fetchval(drop) is None
+        await first.execute("commit")
+        await first.close()
+        await second.close()
 
     asyncio.run(go())
 
