@@ -38,7 +38,7 @@ from hookd.net.exchange import ExchangeOptions, HttpExchange, tls_context
 from hookd.net.resolver import Resolver, own_addresses
 from hookd.net.tunnel import ByProxy
 from hookd.postgres.connect import Database, DatabaseRefused, DatabaseUnavailable
-from hookd.postgres.maintenance import Maintenance
+from hookd.postgres.maintenance import Maintenance, Refusals
 from hookd.postgres.owner import BadBatch, OwnerSession
 from hookd.postgres.queue import Queue
 from hookd.recorder import Recorder
@@ -120,6 +120,7 @@ class Daemon:
         self._clock = clock or SystemClock()
         self._dice = dice or SystemDice()
         self._reports = Reports(self._clock)
+        self._refusals = Refusals(self._clock.mono, self._reports.upkeep_refused)
         self.node = f"{socket.gethostname()}-{uuid4().hex[:8]}"
         self.started_at = self._clock.wall()
         self.tenure: Tenure | None = None
@@ -322,7 +323,7 @@ class Daemon:
                 await self._database.connect("feed", lasting=True), lambda: self.keyring, self._clock.mono
             )
             stack.push_async_callback(queue.close)
-            maintenance = Maintenance(await self._database.connect("upkeep", lasting=True))
+            maintenance = Maintenance(await self._database.connect("upkeep", lasting=True), self._refusals)
             stack.push_async_callback(maintenance.close)
             await maintenance.prepare()
             await owner.join()
@@ -342,6 +343,8 @@ class Daemon:
             self.shards_in_all = owner.shards_in_all
             tenure = Tenure(owner, queue, feed, maintenance, self.dispatcher, self._clock, self._dice)
             self.tenure = tenure
+            # one that ended meanwhile without a result was nobody's to forget
+            feed.known &= {delivery.id for delivery in self.dispatcher.begun()}
             self._tenure_mono = self._clock.mono()
             feed.own(owner.shards)
             try:

@@ -30,6 +30,7 @@ from hookd.core.model import (
     DELIVERED,
     HEALTHY,
     HOLD,
+    PAUSED,
     Delivery,
     DeliveryId,
     Endpoint,
@@ -163,7 +164,7 @@ class Dispatcher:
 
         ``vouched``: the locks are held; ``room``: the lanes gave these away; ``report``: an attempt ended;
         ``fault``: a bug in an exchange; ``ours``: why deliveries are held, which no receiver is to blame for;
-        ``dropped``: it was let go of without a result, because nothing is known of its endpoint any more;
+        ``dropped``: it was let go of without a result, because it may not be sent from memory any more;
         ``verified``: an endpoint has answered its challenge.
         """
         self._lanes = lanes
@@ -393,7 +394,7 @@ class Dispatcher:
         try:
             if endpoint.health.failing_since is not None and doubted(endpoint, self.policy, wall):
                 question = self._question(endpoint, wall)
-                request, done = question.request, partial(self._asked, delivery, wall, question)
+                request, done = question.request, partial(self._asked, delivery, wall, endpoint, question)
             else:
                 request = preparer.compose(delivery, int(wall))
         except ValueError as problem:
@@ -421,7 +422,9 @@ class Dispatcher:
         self._judge(delivery, outcome)
         self._go_on()
 
-    def _asked(self, delivery: Delivery, wall: float, question: Question, outcome: Outcome) -> None:
+    def _asked(
+        self, delivery: Delivery, wall: float, asked: Endpoint, question: Question, outcome: Outcome
+    ) -> None:
         """The attempt was a challenge: the endpoint wants to be called, and the delivery goes now, or it has failed."""
         said = question.judge(outcome)
         if not said.verified:
@@ -430,7 +433,8 @@ class Dispatcher:
         del self._in_flight[delivery.id]
         self._lanes.finished(delivery, WANTED, self._clock.mono())
         endpoint = self._endpoints.get(delivery.endpoint)
-        if endpoint is not None:
+        # it may have got another URL meanwhile, of which this answer says nothing
+        if endpoint is not None and endpoint.url == asked.url:
             self._endpoints[endpoint.key] = replace(endpoint, verified_at=wall)
             self._verified(endpoint)
         self._hold(delivery, 0.0)
@@ -493,10 +497,12 @@ class Dispatcher:
 
     def _release(self, delivery: Delivery) -> None:
         del self._held[delivery.id]
-        if delivery.endpoint in self._endpoints:
-            self.admit(delivery)
-        else:
+        endpoint = self._endpoints.get(delivery.endpoint)
+        # what was in flight when its endpoint was paused, or went to another shard, waits in the queue from now on
+        if endpoint is None or endpoint.state is PAUSED or not endpoint.takes_from(delivery.shard):
             self._dropped(delivery)
+        else:
+            self.admit(delivery)
 
     def _end(self, delivery: Delivery, verdict: Verdict) -> None:
         self._settle(Result(delivery, delivery.endpoint, None, verdict, written_wall=self._clock.wall()))

@@ -44,6 +44,7 @@ from hookd.core.model import (
     EndpointState,
     Event,
 )
+from hookd.core.reads import Reach
 from hookd.core.states import States
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ flight had sent all that was in memory by the time its events were there (90 ms)
 UNSEEN_S = 3600.0
 """A transaction that began before an endpoint moved, and inserts later than this, may break the order of its keys."""
 
+FORWARDING_MOST = 50
+"""Endpoints whose rows are forwarded at once."""
+
 OVER = frozenset({DISABLED, REMOVED})
 """What these are owed ends at once, due or not."""
 
@@ -117,7 +121,7 @@ class Reads(Protocol):
 class Forwarder(Protocol):
     """Hands rows to the shard that their endpoint has moved to (``postgres.owner``)."""
 
-    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None: ...
+    async def forward(self, reaches: Sequence[Reach], under_way: Iterable[DeliveryId]) -> list[Reach]: ...
 
 
 class Line(Memory, Protocol):
@@ -155,11 +159,14 @@ class Feed:
         """Settled while a read was under way that may still show them."""
         self._reading = False
         self._rescheduled_meanwhile: list[tuple[Delivery, float]] = []
+        self._dropped_meanwhile: list[Delivery] = []
         self.backlogs = Backlogs(line, clock.mono, window)
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         """As last read; the dispatcher may know of a failure that is not written yet."""
         self._moved: set[EndpointKey] = set()
         """Endpoints with rows of ours that are to be forwarded."""
+        self._forwarding: dict[EndpointKey, Reach] = {}
+        """How far that has come."""
         self._moved_until: dict[EndpointKey, float] = {}
         """Endpoints that have moved, until when rows may still come into a shard that they have left."""
         self._behind: dict[tuple[EndpointKey, str], DeliveryId] = {}
@@ -247,7 +254,10 @@ class Feed:
                 self._due_again(delivery, due_at)
         for delivery in dropped:
             self._forget(delivery)
-            self._look_for(delivery)
+            if self._reading:
+                self._dropped_meanwhile.append(delivery)
+            else:
+                self._look_for(delivery)
         if self._moved or self._heads or self._states or self.backlogs:
             self._wake.set()
 
@@ -267,7 +277,8 @@ class Feed:
         while not self._stopping:
             self._wake.clear()
             if await self._change_shards():
-                horizon, asleep = self._since, True
+                horizon, _ = await self._reads.snapshot()
+                asleep = True
             if self._since is None:
                 await self._rest(SLEEP_POLL_S)
                 continue
@@ -304,10 +315,8 @@ class Feed:
 
     async def _turn(self) -> bool:
         """One round of reads; whether it brought anything."""
-        if self._moved:
-            moved, self._moved = self._moved, set()
-            # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
-            await self._forwarder.forward(moved, self._line.under_way(moved))
+        if self._moved or self._forwarding:
+            await self._forward()
         following = [
             (key, order_key, 0 if self._scattered(key) else after)
             for key, order_key, after in self._heads.following()
@@ -327,6 +336,20 @@ class Feed:
         if replacing:
             await self._read_replaced(replacing)
         return brought
+
+    async def _forward(self) -> None:
+        """Hand on a slice of the rows of endpoints that have moved; the next turn goes on."""
+        for key in self._moved.difference(self._forwarding):
+            if len(self._forwarding) >= FORWARDING_MOST:
+                break
+            self._forwarding[key] = Reach(key)
+            self._moved.discard(key)
+        reaches = list(self._forwarding.values())
+        # what is under way is forwarded when it is to be tried again; till then it is its old owner's to settle
+        left = await self._forwarder.forward(reaches, self._line.under_way(self._forwarding))
+        self._forwarding = {reach.endpoint: reach for reach in left}
+        if self._moved or self._forwarding:
+            self._wake.set()
 
     async def _rest(self, longest_s: float, *, early: bool = True) -> None:
         """Wait to be woken, at most so long and not beyond the next due time.  Not ``early``: the whole pause."""
@@ -355,8 +378,8 @@ class Feed:
 
     async def _recover(self) -> None:
         gained, self._unread_shards = self._unread_shards, set()
-        # raised first: from now on every producer notifies, until arrivals make the feed lower it
-        await self._reads.flag_sleep(gained, asleep=True)
+        # raised first, and everywhere: from now on every producer notifies, until arrivals make the feed lower it
+        await self._reads.flag_sleep(gained | self.shards, asleep=True)
         if self._since is None:
             # taken after the locks were: what commits later is an arrival, what it shows is read by key; and before the
             # endpoints are read: of what changes meanwhile nobody would tell
@@ -399,16 +422,11 @@ class Feed:
         endpoint = self._line.served(row.endpoint)
         if endpoint is None or row.shard not in self.shards:
             return False
-        if self._placed(endpoint, row.shard):
+        if endpoint.takes_from(row.shard):
             return True
         self._moved.add(row.endpoint)
         self._wake.set()
         return False
-
-    @staticmethod
-    def _placed(endpoint: Endpoint, shard: int) -> bool:
-        """Whether a row of this shard may be sent; of an endpoint that was removed nothing is."""
-        return endpoint.shard == shard or endpoint.state is REMOVED
 
     def _scattered(self, key: EndpointKey) -> bool:
         """
@@ -494,7 +512,7 @@ class Feed:
         for delivery in waiting:
             early = resumed and delivery.due_at is not None and delivery.due_at > self.db_now()
             # what is in the shard that it has left comes back when it was forwarded, what was to end before its time when it is due
-            if early or endpoint.state is PAUSED or not self._placed(endpoint, delivery.shard):
+            if early or endpoint.state is PAUSED or not endpoint.takes_from(delivery.shard):
                 self._forget(delivery)
             else:
                 self._line.admit(delivery)
@@ -726,7 +744,7 @@ class Feed:
 
     def _takes(self, row: Row, *, head: bool = False) -> bool:
         """Whether a row that was read by key goes into memory; if so it is known from now on."""
-        if row.id in self.known or row.id in self._remembered:
+        if row.id in self.known or row.id in self._remembered or self._state(row.endpoint) is PAUSED:
             return False
         if not self._in_place(row):
             if head and row.order_key is not None:
@@ -761,6 +779,9 @@ class Feed:
             return False
         older.replaced_by = replaced_by
         self._line.admit(older)
+        # it leaves memory without having been started, which is what else tells that there is room
+        if self.backlogs.room(endpoint):
+            self._wake.set()
         return True
 
     def _taken_in(self) -> None:
@@ -770,6 +791,9 @@ class Feed:
         meanwhile, self._rescheduled_meanwhile = self._rescheduled_meanwhile, []
         for delivery, due_at in meanwhile:
             self._due_again(delivery, due_at)
+        dropped, self._dropped_meanwhile = self._dropped_meanwhile, []
+        for delivery in dropped:
+            self._look_for(delivery)
 
     async def _admit(self, rows: Sequence[Row]) -> None:
         self.arrived += len(rows)

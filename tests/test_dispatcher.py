@@ -256,6 +256,27 @@ def test_one_that_has_failed_for_long_is_asked_before_anything_goes_there() -> N
     asyncio.run(go())
 
 
+def test_who_got_another_url_while_it_was_asked_is_not_verified_by_the_old_one() -> None:
+    """It was: whoever answers challenges could have had somebody else's server called."""
+
+    async def go() -> None:
+        exchange = Honest()
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        bench.dispatcher.serve(failing(since_s=2 * DAY, verified_s=3 * DAY))
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        other = replace(ENDPOINT, url="http://victim.example/", state=EndpointState.PAUSED)
+        bench.dispatcher.serve(other)
+        exchange.hold.set()
+        await bench.until(lambda: bool(bench.dropped))
+        assert bench.verified == []
+        assert bench.dispatcher.served(ENDPOINT.key) == other
+        assert exchange.sent == 1
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "reason"),
     [
@@ -392,5 +413,31 @@ def test_what_is_held_when_its_endpoint_is_not_served_any_more_is_let_go_of() ->
         bench.dispatcher._endpoints.clear()
         await bench.until(lambda: bool(bench.dropped))
         assert bench.exchange.sent == 0
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "goes"),
+    [
+        (replace(ENDPOINT, state=EndpointState.PAUSED), False),
+        (replace(ENDPOINT, shard=1, former_shards=(0,)), False),
+        (replace(ENDPOINT, rate=100.0), True),
+    ],
+)
+def test_what_is_held_does_not_go_where_it_may_not_go_any_more(meanwhile: Endpoint, goes: bool) -> None:
+    """It went, to one that was paused, and to a host whose limits another daemon counts."""
+
+    async def go() -> None:
+        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors"))
+        exchange.hold = asyncio.Event()
+        bench = Bench(exchange)
+        bench.admit(1)
+        await bench.until(lambda: exchange.sent == 1)
+        bench.dispatcher.serve(meanwhile)
+        exchange.hold.set()
+        await bench.until(lambda: bool(bench.dropped or bench.results))
+        assert bool(bench.results) is goes
+        assert exchange.sent == 1 + goes
 
     asyncio.run(go())

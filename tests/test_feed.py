@@ -14,9 +14,9 @@ import pytest
 
 from hookd.clock import SystemClock
 from hookd.core.model import Delivery, DeliveryId, Endpoint, EndpointKey, EndpointState, Event
-from hookd.core.reads import Arrivals, Row, Snapshot
+from hookd.core.reads import Arrivals, Reach, Row, Snapshot
 from hookd.core.states import States
-from hookd.feed import Feed
+from hookd.feed import FORWARDING_MOST, Feed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -116,9 +116,14 @@ class Reads:
 class Forwarder:
     def __init__(self) -> None:
         self.forwarded: list[tuple[list[EndpointKey], list[DeliveryId]]] = []
+        self.reached: list[Reach] = []
+        self.left: list[Reach] = []
 
-    async def forward(self, endpoints: Iterable[EndpointKey], under_way: Iterable[DeliveryId]) -> None:
-        self.forwarded.append((list(endpoints), list(under_way)))
+    async def forward(self, reaches: Sequence[Reach], under_way: Iterable[DeliveryId]) -> list[Reach]:
+        self.forwarded.append(([reach.endpoint for reach in reaches], list(under_way)))
+        self.reached += reaches
+        left, self.left = self.left, []
+        return left
 
 
 def made(reads: Reads, line: Line, forwarder: Forwarder) -> Feed:
@@ -175,6 +180,43 @@ def test_a_row_in_the_shard_that_its_endpoint_has_left_is_forwarded_and_not_sent
         assert [d.id for d in line.admitted] == [2]
         await feed._turn()
         assert forwarder.forwarded == [([ENDPOINT.key], [77])], "and not what is under way"
+
+    asyncio.run(go())
+
+
+def test_a_large_backlog_is_forwarded_in_slices_and_what_comes_meanwhile_after_it() -> None:
+    """All of it in one statement was given up after 30 s, and begun again, for ever."""
+
+    async def go() -> None:
+        forwarder = Forwarder()
+        feed = made(Reads(), Line(), forwarder)
+        feed._moved.add(ENDPOINT.key)
+        whole, middle = Reach(ENDPOINT.key), Reach(ENDPOINT.key, 500)
+        forwarder.left = [middle]
+        await feed._turn()
+        assert feed._wake.is_set(), "and goes on at once"
+        feed._moved.add(ENDPOINT.key)
+        await feed._turn()
+        await feed._turn()
+        assert forwarder.reached == [whole, middle, whole], (
+            "what was found meanwhile may lie before the middle"
+        )
+        await feed._turn()
+        assert len(forwarder.reached) == 3
+
+    asyncio.run(go())
+
+
+def test_many_endpoints_are_forwarded_one_after_another() -> None:
+    async def go() -> None:
+        forwarder = Forwarder()
+        feed = made(Reads(), Line(), forwarder)
+        keys = {EndpointKey(n) for n in range(2 * FORWARDING_MOST + 1)}
+        feed._moved.update(keys)
+        for _ in range(3):
+            await feed._turn()
+        assert [len(asked) for asked, _ in forwarder.forwarded] == [FORWARDING_MOST, FORWARDING_MOST, 1]
+        assert {reach.endpoint for reach in forwarder.reached} == keys
 
     asyncio.run(go())
 
@@ -375,6 +417,75 @@ def test_a_retry_that_another_owner_made_of_what_was_in_flight_here_is_found() -
         ((key, *place, _),) = feed.backlogs.demand_due(feed.db_now(), feed._mine, feed._may_read)
         assert key == ENDPOINT.key
         assert place < [retry.due_at, 4]
+
+    asyncio.run(go())
+
+
+def test_a_retry_that_another_owner_made_is_found_though_a_read_that_passed_it_was_under_way() -> None:
+    """The place was lowered while that read was under way, and raised again at its end."""
+
+    async def go() -> None:
+        retry = row(4, 1, attempt=1, due_at=NOW - datetime.timedelta(seconds=1))
+
+        class Dropping(Reads):
+            async def refill_due(self, demands: Sequence[Any]) -> list[Row]:
+                delivery = Delivery(
+                    DeliveryId(4), ENDPOINT.key, Event(UUID(int=1), "a.b", "t", b"{}", 1.0), 0, 0
+                )
+                feed.settled((), (), dropped=[delivery])
+                return [retry]
+
+        line = Line()
+        feed = made(Dropping(), line, Forwarder())
+        feed.known.add(DeliveryId(4))
+        feed.backlogs.due(ENDPOINT.key, 0.0)
+        await feed._refill_due()
+        assert line.admitted == []
+        ((key, *place, _),) = feed.backlogs.demand_due(feed.db_now(), feed._mine, feed._may_read)
+        assert key == ENDPOINT.key
+        assert place < [retry.due_at, 4]
+
+    asyncio.run(go())
+
+
+def test_nothing_is_taken_for_an_endpoint_that_a_read_found_paused() -> None:
+    """It was disabled when its rows were asked for, and is unverified, or its secrets cannot be read, since then."""
+
+    async def go() -> None:
+        paused = replace(ENDPOINT, state=EndpointState.PAUSED)
+
+        class Paused(Reads):
+            async def endpoints(self, keys: Iterable[EndpointKey]) -> list[Endpoint]:
+                return [paused]
+
+            async def refill_fresh(self, demands: Sequence[Any]) -> list[Row]:
+                return [row(1, 1)]
+
+        reads, line = Paused(), Line()
+        feed = made(reads, line, Forwarder())
+        feed._endpoint_changed(replace(ENDPOINT, state=EndpointState.DISABLED))
+        reads.due = [row(2, 2, due_at=NOW - datetime.timedelta(hours=1))]
+        await feed._turn()
+        assert line.admitted == []
+        assert feed.known == set()
+
+    asyncio.run(go())
+
+
+def test_producers_notify_for_every_shard_after_one_was_gained() -> None:
+    """Only for that one, and the feed took all of them to be asleep: the others' events came up to a second late."""
+
+    async def go() -> None:
+        flagged: list[tuple[set[int], bool]] = []
+
+        class Flags(Reads):
+            async def flag_sleep(self, shards: Iterable[int], *, asleep: bool) -> None:
+                flagged.append((set(shards), asleep))
+
+        feed = made(Flags(), Line(), Forwarder())
+        feed.own({2})
+        await feed._recover()
+        assert flagged == [({0, 1, 2}, True)]
 
     asyncio.run(go())
 

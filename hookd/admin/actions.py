@@ -415,10 +415,12 @@ class Actions:
 
     async def _verified(self, actor: Actor, record: EndpointRecord) -> Checked:
         """Ask it; no session is held meanwhile."""
-        said = await self._daemon.ask(await self._served(record))
+        asked = await self._served(record)
+        said = await self._daemon.ask(asked)
         async with self._session() as connection:
+            # the URL that was asked: it may have been changed since the record was read
             record = await registry.note_verification(
-                connection, record.id, record.url, None if said.verified else said.reason, actor=actor
+                connection, record.id, asked.url, None if said.verified else said.reason, actor=actor
             )
         return Checked(record, said)
 

@@ -76,7 +76,7 @@ async def verification(
     async with _exchange(config) as exchange:
         answer = await ask(found, exchange, _wire(config), time.time())
     problem = None if answer.verified else answer.reason
-    record = await registry.note_verification(connection, endpoint_id, record.url, problem, actor=whoami())
+    record = await registry.note_verification(connection, endpoint_id, found.url, problem, actor=whoami())
     return record, answer
 
 

@@ -738,7 +738,9 @@ class Lanes:
         lane.idle = False
         if lane.waiting or lane.gate.in_flight or self._lanes.get(lane.host) is not lane:
             return
-        if lane.gate.forgettable(now) or now - lane.used_mono > IDLE_FORGET_S:
+        # what was its trouble is forgotten in time, what it was promised is not
+        late = now - lane.used_mono > IDLE_FORGET_S
+        if lane.gate.forgettable(now) or (late and lane.gate.at_rest(now)):
             if any(q.gate is not None and not q.gate.forgettable(now) for q in lane.queues.values()):
                 self._rest(lane)
                 return

@@ -199,8 +199,12 @@ class Gate:
         self.limit = 1.0
 
     def forgettable(self, now: float) -> bool:
-        """Whether a new gate would behave the same: nothing in flight, bucket full, limit recovered, no hold."""
-        return self.in_flight == 0 and self._tat <= now and self.hold_until <= now and self.untroubled()
+        """Whether a new gate would behave the same: at rest, and its limit recovered."""
+        return self.at_rest(now) and self.untroubled()
+
+    def at_rest(self, now: float) -> bool:
+        """Whether nothing is in flight, the bucket is full, and no hold is left."""
+        return self.in_flight == 0 and self._tat <= now and self.hold_until <= now
 
     def untroubled(self) -> bool:
         """Whether there is no failure to be remembered."""

@@ -131,6 +131,10 @@ class Endpoint:
     verified_at: float | None = None
     """Wall time when its URL answered a challenge last; None: it was not asked."""
 
+    def takes_from(self, shard: int) -> bool:
+        """Whether a row in this shard may be sent to it; of one that was removed nothing is sent, wherever it is."""
+        return self.shard == shard or self.state is EndpointState.REMOVED
+
 
 @dataclass(slots=True, eq=False)
 class Event:

@@ -53,6 +53,19 @@ class Place(NamedTuple):
     first_due: float | None
 
 
+class Reach(NamedTuple):
+    """
+    How far back from the newest an endpoint's rows have been looked through for what is to be forwarded.
+
+    Those below ``id`` are left, and of those with a due time the ones before ``due_at`` (as PostgreSQL writes it) and ``due_id``.
+    """
+
+    endpoint: EndpointKey
+    id: int = 2**63 - 1
+    due_at: str = "infinity"
+    due_id: int = 2**63 - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Arrivals:
     """What became visible between two snapshots."""

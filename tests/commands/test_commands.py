@@ -206,6 +206,14 @@ def test_endpoints_that_are_refused(cli: Cli, arguments: list[str], said: str) -
     assert said in cli.fails(1, "endpoint", "add", *arguments)
 
 
+def test_the_beginning_of_an_id_is_enough_for_the_trail(cli: Cli) -> None:
+    (made,) = cli.json("endpoint", "add", "http://127.0.0.1:9000/")
+    cli.ok("endpoint", "pause", made["id"])
+    paused, added = cli.json("audit", "--endpoint", made["id"][:13])
+    assert (paused["action"], added["action"]) == ("endpoint.pause", "endpoint.add")
+    assert "is no event id" in cli.fails(2, "audit", "--event", "yesterday")
+
+
 def test_endpoint_check(no_database: Cli) -> None:
     assert no_database.ok("endpoint", "check", "http://127.0.0.1:9001/").startswith("allowed:")
     done = no_database("endpoint", "check", "http://10.0.0.1/")

@@ -244,3 +244,39 @@ def test_what_is_forgotten_is_freed_at_once() -> None:
         assert sum(type(o) is _Lane for o in gc.get_objects()) == len(lanes._lanes)
     finally:
         gc.enable()
+
+
+def test_a_hold_is_not_forgotten_with_its_lane() -> None:
+    """A Retry-After of an hour was, after ten minutes without anything to send."""
+    lanes = Lanes(HostLimits(concurrency=10), {})
+    lanes.admit("a:80", delivery(1))
+    (first,) = lanes.ready(0.0, 100)
+    lanes.finished(first, Verdict(VerdictKind.RETRY, hold_lane_s=3600.0), 0.0)
+    _drive(lanes, 601.0)
+    lanes.admit("a:80", delivery(2), 601.0)
+    assert lanes.ready(601.0, 100) == []
+
+
+def test_a_rate_is_not_forgotten_with_its_lane() -> None:
+    """A bucket that takes longer than ten minutes to fill was full again after them."""
+    lanes = Lanes(HostLimits(rate=1.0, burst=2000), {})
+    sent = 0
+    for at in (0.0, 601.0):
+        for n in range(3000):
+            lanes.admit("a:80", delivery(n), at)
+        while started := lanes.ready(at, 5000):
+            for one in started:
+                lanes.wrote(one, at)
+                lanes.finished(one, DELIVERED, at)
+            sent += len(started)
+        lanes.withdraw(delivery(0).endpoint)
+        _drive(lanes, at + 600.9)
+    assert sent <= 2000 + 602
+
+
+def _drive(lanes: Lanes, at: float) -> None:
+    """Another host's traffic, with which idle lanes are looked at."""
+    for n in range(5):
+        lanes.admit("b:80", delivery(n, endpoint=2), at)
+        for one in lanes.ready(at, 100):
+            lanes.finished(one, DELIVERED, at)

@@ -70,6 +70,26 @@ def test_a_throttled_endpoint_gets_the_latest_state(
     asyncio.run(go())
 
 
+def test_what_waits_behind_rows_that_were_all_replaced_is_read(
+    dsn: str, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """Memory held no more of them than the least; these ended without having been started, and nobody asked for others."""
+
+    async def go() -> None:
+        async with Receiver() as receiver:
+            await add_endpoint_with_id(dsn, receiver.url, format="raw", rate=2.0)
+            for n in range(6):
+                await send(dsn, payload=str(n), coalesce_key=f"price-{n}")
+            await asyncio.to_thread(start_daemon)
+            await receiver.wait_for_calls(1)
+            for n in range(6):
+                await send(dsn, payload=str(10 + n), coalesce_key=f"price-{n}")
+            await wait_empty(dsn)
+            assert {*range(10, 16)} <= {*sent(receiver)}
+
+    asyncio.run(go())
+
+
 def test_while_one_is_under_way_the_newest_waits(
     dsn: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:

@@ -20,6 +20,7 @@ from hookd.core.model import (
     Verdict,
     VerdictKind,
 )
+from hookd.core.reads import Reach
 from hookd.core.sealing import PLAIN
 from hookd.postgres.connect import DatabaseUnavailable
 from hookd.postgres.owner import BadBatch, OwnerSession
@@ -164,6 +165,16 @@ def test_what_an_owner_without_its_session_had_in_hand_is_not_settled(dsn: str) 
     run(dsn, work)
 
 
+def test_its_plans_do_not_follow_statistics(dsn: str) -> None:
+    async def work(owner: OwnerSession) -> None:
+        (shown,) = await fetch(dsn, "show enable_seqscan")
+        assert shown[0] == "on"
+        for setting, value in (("enable_seqscan", "off"), ("plan_cache_mode", "force_generic_plan"), ("jit", "off")):  # fmt: skip
+            assert await owner._connection.fetchval(f"show {setting}") == value
+
+    run(dsn, work)
+
+
 def test_an_old_answer_does_not_vouch(dsn: str) -> None:
     async def work(owner: OwnerSession) -> None:
         now = SystemClock().mono()
@@ -186,13 +197,43 @@ def test_what_is_under_way_is_not_forwarded(dsn: str) -> None:
             "update hookd.endpoint set host = '127.0.0.1:9002', url = 'http://127.0.0.1:9002/' returning shard",
         )
         assert moved["shard"] != first.shard
-        await owner.forward([first.endpoint], [first.id])
+        assert await owner.forward([Reach(first.endpoint)], [first.id]) == []
         assert {d.id: d.shard for d in await pending(dsn)} == {
             first.id: first.shard,
             **{d.id: moved["shard"] for d in others},
         }
-        await owner.forward([first.endpoint], [])
+        await owner.forward([Reach(first.endpoint)], [])
         assert {d.shard for d in await pending(dsn)} == {moved["shard"]}
+
+    run(dsn, work)
+
+
+def test_a_large_backlog_is_forwarded_in_slices(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hookd.postgres.owner.FORWARD_MOST", 3)
+
+    async def work(owner: OwnerSession) -> None:
+        await add_endpoint(dsn, "http://127.0.0.1:9001/")
+        for _ in range(20):
+            await send(dsn)
+        rows = await pending(dsn)
+        await fetch(
+            dsn,
+            "update hookd.delivery set due_at = case when id % 4 = 0 then 'infinity' else now() end where id = any($1::bigint[]) returning id",
+            [row.id for row in rows[:10]],
+        )
+        (moved,) = await fetch(
+            dsn,
+            "update hookd.endpoint set host = '127.0.0.1:9002', url = 'http://127.0.0.1:9002/' returning shard",
+        )
+        counts = []
+        reaches = [Reach(rows[0].endpoint)]
+        while reaches:
+            reaches = await owner.forward(reaches, [rows[15].id])
+            counts.append(sum(d.shard == moved["shard"] for d in await pending(dsn)))
+        left = [d.id for d in await pending(dsn) if d.shard != moved["shard"]]
+        assert left == [rows[15].id]
+        # of each kind three at a time, from the newest
+        assert counts == [6, 11, 17, 19]
 
     run(dsn, work)
 

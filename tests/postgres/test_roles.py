@@ -10,14 +10,17 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from hookd.postgres import registry
+from tests.cli import Cli
 from tests.conftest import run_sql
 from tests.producing import add_endpoint, fetch, send, wait_empty
 from tests.receiver import Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.daemon_process import DaemonProcess
 
@@ -129,20 +132,36 @@ def test_a_reader_sees_what_may_be_shown_of_a_secret(filled: str) -> None:
     asyncio.run(go())
 
 
+@contextlib.contextmanager
+def member_of(dsn: str, role: str) -> Iterator[str]:
+    """A DSN of a login role that is a member of this one and of nothing else."""
+    name = f"service_{uuid4().hex[:8]}"
+    run_sql(dsn, f"create role {name} login password 'of-the-service' in role {role}")
+    yield re.sub(r"//[^@]*@", f"//{name}:of-the-service@", dsn)
+    run_sql(dsn, f"drop role {name}")
+
+
+def test_a_producer_may_send_from_a_shell(dsn: str, tmp_path: Path) -> None:
+    """It was told that the schema is not up to date: it may not look at what was migrated."""
+    with member_of(dsn, "hookd_producer") as of_producer:
+        cli = Cli(of_producer, tmp_path)
+        event = cli.ok("send", "user.created", "--data", "{}").strip()
+        assert asyncio.run(fetch(dsn, "select id::text from hookd.event"))[0]["id"] == event
+        assert "permission denied for table endpoint" in cli.fails(1, "endpoint", "list")
+        assert "this role may not look at hookd's schema" in cli.fails(1, "run")
+
+
 @pytest.fixture
 def service(dsn: str) -> Iterator[str]:
-    """A DSN of a login role that is a member of hookd_daemon and nothing else."""
-    name = f"service_{uuid4().hex[:8]}"
-    run_sql(dsn, f"create role {name} login password 'of-the-service' in role hookd_daemon")
-    yield name
-    run_sql(dsn, f"drop role {name}")
+    with member_of(dsn, "hookd_daemon") as of_daemon:
+        yield of_daemon
 
 
 def test_the_daemon_works_as_a_role_that_owns_nothing(
     dsn: str, service: str, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
     start_daemon(
-        HOOKD_DATABASE__DSN=re.sub(r"//[^@]*@", f"//{service}:of-the-service@", dsn),
+        HOOKD_DATABASE__DSN=service,
         HOOKD_DATABASE__MIGRATE="false",
         HOOKD_RETRY__SCHEDULE='["100ms"]',
         HOOKD_DELIVERY__TIMEOUT="2s",
@@ -160,7 +179,7 @@ def test_the_daemon_works_as_a_role_that_owns_nothing(
             dsn,
             "select distinct usename from pg_stat_activity where datname = current_database() and application_name like 'hookd %'",
         )
-        assert [r["usename"] for r in backends] == [service]
+        assert [r["usename"] for r in backends] == [conninfo_to_dict(service)["user"]]
         verdicts = await fetch(dsn, "select verdict from hookd.attempt order by verdict")
         assert {r["verdict"] for r in verdicts} >= {"delivered", "exhausted"}
 

@@ -39,6 +39,12 @@ QUIET = {"visible": True, "notify_usage": 0.0, "longest_who": None, "longest_s":
 """asyncpg's own statement."""
 
 
+ENDS = {
+    "-infinity": datetime.datetime.min.replace(tzinfo=datetime.UTC),
+    "infinity": datetime.datetime.max.replace(tzinfo=datetime.UTC),
+}
+
+
 class Blocked(Exception):
     """A statement has to wait for a transaction that holds a row."""
 
@@ -215,6 +221,7 @@ class Database:
         self._statements: dict[str, Callable[[Session, Sequence[Any]], list[Any]]] = {
             connect.KEEPALIVE: lambda *_: [],
             connect.CHECK_CLIENT: lambda *_: [],
+            connect.PIN_PLANS: lambda *_: [],
             "select 1": lambda *_: [(1,)],
             owner.BACKEND: lambda s, _: [(s.pid,)],
             owner.JOIN: self._join,
@@ -236,7 +243,6 @@ class Database:
             owner.DISABLE: self._disable,
             owner.REPORT_DISABLED: self._report_disabled,
             owner.FORWARD: self._forward,
-            queue.PIN_PLANS: lambda *_: [],
             LISTEN: self._listen,
             queue.ARRIVALS: self._arrivals,
             queue.ARRIVAL_PLACES: self._arrival_places,
@@ -247,6 +253,7 @@ class Database:
             queue.OLDER: self._older,
             queue.RECOVER: self._recover,
             queue.RESET_FOREIGN_XIDS: self._reset_foreign_xids,
+            queue.RESET_FOREIGN_ENDPOINTS: self._reset_foreign_endpoints,
             queue.SNAPSHOT: lambda *_: [{"snapshot": self.snapshot(), "now": self.now()}],
             queue.ENDPOINTS_OF_SHARDS: lambda _s, a: self._endpoints(
                 e for e in self.endpoints.values() if e.shard in a[0]
@@ -270,7 +277,9 @@ class Database:
             maintenance.DROP_PARTITION: lambda *_: [(None,)],
             maintenance.NOTE_TALLY: lambda *_: [],
             maintenance.NOTE_HOURS: lambda *_: [],
-            **dict.fromkeys((*maintenance.PURGE_FIGURES, maintenance.PURGE_AUDIT), lambda *_: []),
+            maintenance.PURGE_TALLY: lambda *_: [],
+            maintenance.PURGE_HOURS: lambda *_: [],
+            maintenance.PURGE_AUDIT: lambda *_: [],
             maintenance.PURGE_DEAD_LETTERS: lambda *_: [],
             maintenance.PURGE_IDEMPOTENCY: lambda *_: [],
             maintenance.PURGE_ENDPOINTS: lambda *_: [],
@@ -606,24 +615,41 @@ class Database:
     def _forward(self, session: Session, args: Sequence[Any]) -> list[Any]:
         tx = session.tx
         assert tx is not None
-        keys, shards, under_way = args
-        rows = [
-            d
-            for d in self.deliveries.values()
-            if d.endpoint in keys
-            and d.shard in shards
-            and d.id not in under_way
-            and d.endpoint in self.endpoints
-            and d.shard != self.endpoints[d.endpoint].shard
-        ]
-        for row in rows:
+        *columns, shards, under_way, most = args
+        answer, moved = [], []
+        for key, id_, due_text, due_id in zip(*columns, strict=True):
+            due_at = ENDS.get(due_text) or datetime.datetime.fromisoformat(due_text)
+            of_it = [d for d in self.deliveries.values() if d.endpoint == key]
+            fresh = sorted((d for d in of_it if d.due_at is None and d.id < id_), key=lambda d: -d.id)[:most]
+            timed = sorted(
+                (d for d in of_it if d.due_at is not None and (d.due_at, d.id) < (due_at, due_id)),
+                key=lambda d: (d.due_at, d.id),
+                reverse=True,
+            )[:most]
+            if fresh or timed:
+                last = timed[-1] if timed else None
+                answer.append(
+                    {
+                        "endpoint": key, "fresh": len(fresh), "id": fresh[-1].id if fresh else None, "timed": len(timed),
+                        "due_at": last.due_at.isoformat() if last and last.due_at else None, "due_id": last.id if last else None,
+                    }
+                )  # fmt: skip
+            moved += [
+                d
+                for d in fresh + timed
+                if d.shard in shards
+                and d.id not in under_way
+                and key in self.endpoints
+                and d.shard != self.endpoints[key].shard
+            ]
+        for row in moved:
             if row.lock is not None and row.lock is not tx:
                 raise Blocked(row.lock)
-        for row in rows:
+        for row in moved:
             xid = self.xid(tx)
             self._lock(tx, row)
             tx.changes.append(lambda row=row, xid=xid: self._move(row, xid))  # type: ignore[misc]
-        return []
+        return answer
 
     def _move(self, row: Delivery, xid: int) -> None:
         row.shard, row.xid, row.moved = self.endpoints[row.endpoint].shard, xid, True
@@ -760,19 +786,32 @@ class Database:
         answer: list[Any] = [{"endpoint": k, "fresh": True, "due_at": None} for k in fresh]
         return answer + [{"endpoint": k, "fresh": False, "due_at": due[k]} for k in sorted(due)]
 
-    def _reset_foreign_xids(self, session: Session, _: Sequence[Any]) -> list[Any]:
+    def _reset_foreign_xids(self, session: Session, args: Sequence[Any]) -> list[Any]:
         tx = session.tx
         assert tx is not None
         xmax = self.latest_ended + 1
-        rows = [d for d in self.deliveries.values() if d.xid >= xmax]
-        for row in rows:
-            if row.lock is not None and row.lock is not tx:
-                raise Blocked(row.lock)
+        rows = [d for d in self.deliveries.values() if d.xid >= xmax and d.lock in (None, tx)]
+        rows = sorted(rows, key=lambda d: d.xid)[: args[0]]
         for row in rows:
             self.xid(tx)
             self._lock(tx, row)
             tx.changes.append(lambda row=row: setattr(row, "xid", 0))  # type: ignore[misc]
-        return []
+        return [(len(rows),)]
+
+    def _reset_foreign_endpoints(self, session: Session, args: Sequence[Any]) -> list[Any]:
+        tx = session.tx
+        assert tx is not None
+        xmax = self.latest_ended + 1
+        found = [
+            e
+            for e in self.endpoints.values()
+            if e.xid >= xmax and self.endpoint_locks.get(e.key) in (None, tx)
+        ]
+        keys = [e.key for e in sorted(found, key=lambda e: e.xid)[: args[0]]]
+        self._lock_endpoints(tx, keys)
+        for key in keys:
+            tx.changes.append(lambda key=key: self._put(replace(self.endpoints[key], xid=0)))  # type: ignore[misc]
+        return [(len(keys),)]
 
     def _endpoints(self, found: Iterable[Endpoint]) -> list[Any]:
         return [
@@ -871,6 +910,14 @@ class Database:
                 self._owe(tx, xid, event.id, endpoint, due_at, "" if endpoint.ordered else event.order_key, event.coalesce_key)  # fmt: skip
         return event
 
+    def restore(self, above: int) -> None:
+        """Dump and restore: the rows are as a server has written them whose transaction ids were so much higher."""
+        for row in self.deliveries.values():
+            row.xid += above
+        self._newest_xid += above
+        for endpoint in list(self.endpoints.values()):
+            self._put(replace(endpoint, xid=endpoint.xid + above))
+
     def _put_delivery(self, row: Delivery) -> None:
         self.deliveries[row.id] = row
         self._newest_xid = max(self._newest_xid, row.xid)
@@ -917,7 +964,15 @@ class Database:
                 other.replayed = True
 
 
-WRITING = frozenset({owner.SETTLE_FINAL, owner.SETTLE_RETRY, owner.FORWARD, queue.RESET_FOREIGN_XIDS})
+WRITING = frozenset(
+    {
+        owner.SETTLE_FINAL,
+        owner.SETTLE_RETRY,
+        owner.FORWARD,
+        queue.RESET_FOREIGN_XIDS,
+        queue.RESET_FOREIGN_ENDPOINTS,
+    }
+)
 """Statements that need a transaction when they are run outside of one."""
 
 

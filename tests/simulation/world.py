@@ -167,6 +167,9 @@ class World:
         self._made_up = 0
         self.config = self._config()
         self.sizes = {k: dice.choice(v) for k, v in SMALL.items()} if dice.random() < 0.9 else {}
+        if self.sizes:
+            # by dice of its own, or every seed that failed once would be another one
+            self.sizes[owner_module, "FORWARD_MOST"] = random.Random(seed + 3).choice((1, 3, 1000))
         self._end_at = math.inf
 
     # What others ask.
