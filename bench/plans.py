@@ -101,6 +101,7 @@ async def queries(connection: asyncpg.Connection) -> list[Query]:
         Query("OLDER", queue.OLDER, "what 50 newer rows replace", ([r[0] for r in coalesced], [r[1] for r in coalesced], [r[2] for r in coalesced], [r[3] for r in coalesced], 100)),
         Query("RECOVER", queue.RECOVER, "which endpoints have rows: once for each start of a daemon, one probe for each endpoint", ()),
         Query("EVENTS", queue.EVENTS, f"the events of {BATCH} deliveries", (events,)),
+        Query("FORWARD", owner.FORWARD, "a slice of an endpoint's rows, of each kind, when it may have moved", ([keys[0]], [2**63 - 1], ["infinity"], [2**63 - 1], shards, [], owner.FORWARD_MOST)),
         Query("SETTLE_FINAL", owner.SETTLE_FINAL, f"{BATCH} verdicts that end a delivery", (events, ids, attempts)),
         Query("SETTLE_RETRY", owner.SETTLE_RETRY, f"{BATCH} verdicts that try again later", (events, ids, attempts, [5.0] * BATCH)),
     ]  # fmt: skip
