@@ -191,12 +191,15 @@ def test_descriptors_are_few(dsn: str, run_daemon: Callable[..., DaemonProcess])
     asyncio.run(go())
 
 
+def entering(daemon: DaemonProcess) -> list[str]:
+    """The command that starts another one in the daemon's network; who is not root has to enter its user namespace too."""
+    by_user = ["-U", "--preserve-credentials"] if "U" in namespace()[1] else []
+    return ["nsenter", "-t", str(daemon.process.pid), "-n", *by_user]
+
+
 def inside(daemon: DaemonProcess, *command: str) -> None:
     """Run something in the daemon's network."""
-    done = subprocess.run(
-        ["nsenter", "-t", str(daemon.process.pid), "-n", *(["-U", "--preserve-credentials"] if "-U" in namespace()[1] else []), *command],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = subprocess.run([*entering(daemon), *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -209,9 +212,9 @@ def listening(
     script = folder / "listen.py"
     script.write_text(LISTEN)
     running = subprocess.Popen(
-        ["nsenter", "-t", str(daemon.process.pid), "-n", sys.executable, str(script), address, str(port), str(log), str(int(hold))],
+        [*entering(daemon), sys.executable, str(script), address, str(port), str(log), str(int(hold))],
         stdin=subprocess.PIPE,
-    )  # fmt: skip
+    )
     try:
         yield log
     finally:
