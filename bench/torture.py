@@ -54,6 +54,11 @@ RECOVERED = 0.98
 FULL_MOST_S = 60
 """For so long may a full disk go unnoticed."""
 
+PRESSED_MB = 40
+"""More than the ``max_wal_size`` of a small cluster, faster than a checkpoint."""
+
+PRESS = "select pg_logical_emit_message(false, 'torture', repeat('x', 1000000))"
+
 BACKLOG = 100_000
 STARTS_S = 0.1
 """No daemon sends anything so soon after its start: Python takes longer.  What the witness notes until then the one before it
@@ -548,6 +553,8 @@ async def disk_full(run: Run) -> Found:
             ):
                 # again and again: PostgreSQL gives some of it back, and a table may have room for seconds
                 await asyncio.to_thread(scene.disk.fill)
+                if not scene.ran_full(daemon):
+                    await scene.press()
                 await asyncio.sleep(0.5)
             await asyncio.to_thread(scene.disk.empty)
             emptied = time.monotonic()
@@ -586,6 +593,14 @@ class _Cramped(Scene):
             wal.mkdir(mode=0o700)
             self.programs.give(wal)
             await asyncio.to_thread(self.primary.make, wal=wal / "wal")
+
+    async def press(self) -> None:
+        """Write more WAL than PostgreSQL keeps to write over again: of 400 events a second it needs no other room for ever."""
+        if self._kind == "wal":
+            with contextlib.suppress(*AWAY):
+                async with self.sql() as connection:
+                    for _ in range(PRESSED_MB):
+                        await connection.execute(PRESS)
 
     def ran_full(self, daemon: Hookd) -> bool:
         """
