@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 import asyncpg
+from scene import OWNED
 from stage import Stage, percentile
 
 HOSTS = 20
@@ -29,13 +30,7 @@ EVERY_S = 0.005
 SETTLED_S = 1.0
 GOAL_MS = 250.0
 
-OWNED = """
-select l.pid, e.tenant
-  from hookd.endpoint e
-  join pg_locks l on l.objid = e.shard
- where l.locktype = 'advisory' and l.classid = 1752133483 and l.objsubid = 2 and l.granted
-   and l.database = (select oid from pg_database where datname = current_database())
-"""
+OWNED_TENANTS = f"select o.pid, e.tenant from ({OWNED}) o join hookd.endpoint e on e.shard = o.shard"
 
 SEND = "select hookd.send('bench.made', '{\"n\": 1}'::text, tenant => $1)"
 
@@ -114,7 +109,7 @@ async def _owners(stage: Stage, count: int) -> dict[int, set[str]]:
         until = time.monotonic() + 60
         while True:
             found: dict[int, set[str]] = {}
-            for row in await connection.fetch(OWNED):
+            for row in await connection.fetch(OWNED_TENANTS):
                 found.setdefault(row["pid"], set()).add(row["tenant"])
             if len(found) == count and sum(map(len, found.values())) == HOSTS:
                 return found

@@ -130,6 +130,16 @@ class Bench:
                 await asyncio.sleep(0.005)
 
 
+async def under_way(exchange: Exchange, endpoint: Endpoint = ENDPOINT) -> tuple[Bench, asyncio.Event]:
+    """A bench with one delivery whose exchange has begun, and what lets that end."""
+    exchange.hold = asyncio.Event()
+    bench = Bench(exchange)
+    bench.dispatcher.serve(endpoint)
+    bench.admit(1)
+    await bench.until(lambda: exchange.sent == 1)
+    return bench, exchange.hold
+
+
 def test_a_fault_of_ours_costs_neither_slot_nor_delivery() -> None:
     async def go() -> None:
         bench = Bench(Exchange(RuntimeError("bug"), RuntimeError("bug")))
@@ -260,19 +270,14 @@ def test_who_got_another_url_while_it_was_asked_is_not_verified_by_the_old_one()
     """It was: whoever answers challenges could have had somebody else's server called."""
 
     async def go() -> None:
-        exchange = Honest()
-        exchange.hold = asyncio.Event()
-        bench = Bench(exchange)
-        bench.dispatcher.serve(failing(since_s=2 * DAY, verified_s=3 * DAY))
-        bench.admit(1)
-        await bench.until(lambda: exchange.sent == 1)
+        bench, hold = await under_way(Honest(), failing(since_s=2 * DAY, verified_s=3 * DAY))
         other = replace(ENDPOINT, url="http://victim.example/", state=EndpointState.PAUSED)
         bench.dispatcher.serve(other)
-        exchange.hold.set()
+        hold.set()
         await bench.until(lambda: bool(bench.dropped))
         assert bench.verified == []
         assert bench.dispatcher.served(ENDPOINT.key) == other
-        assert exchange.sent == 1
+        assert bench.exchange.sent == 1
 
     asyncio.run(go())
 
@@ -391,13 +396,9 @@ def test_what_would_be_held_after_a_lost_session_is_let_go_of() -> None:
     """The next feed reads it again; it was sent twice, and never read again where its shard was another's by then."""
 
     async def go() -> None:
-        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors"))
-        exchange.hold = asyncio.Event()
-        bench = Bench(exchange)
-        bench.admit(1)
-        await bench.until(lambda: exchange.sent == 1)
+        bench, hold = await under_way(Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors")))
         bench.dispatcher.forget_all()
-        exchange.hold.set()
+        hold.set()
         await bench.until(lambda: bool(bench.dropped))
         assert [d.id for d in bench.dropped] == [1]
         assert bench.dispatcher.under_way([ENDPOINT.key]) == []
@@ -429,15 +430,11 @@ def test_what_is_held_does_not_go_where_it_may_not_go_any_more(meanwhile: Endpoi
     """It went, to one that was paused, and to a host whose limits another daemon counts."""
 
     async def go() -> None:
-        exchange = Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors"))
-        exchange.hold = asyncio.Event()
-        bench = Bench(exchange)
-        bench.admit(1)
-        await bench.until(lambda: exchange.sent == 1)
+        bench, hold = await under_way(Exchange(Outcome(OutcomeKind.OURS, reason="no descriptors")))
         bench.dispatcher.serve(meanwhile)
-        exchange.hold.set()
+        hold.set()
         await bench.until(lambda: bool(bench.dropped or bench.results))
         assert bool(bench.results) is goes
-        assert exchange.sent == 1 + goes
+        assert bench.exchange.sent == 1 + goes
 
     asyncio.run(go())

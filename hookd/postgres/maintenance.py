@@ -334,9 +334,8 @@ class Maintenance:
             try:
                 return await call(*args, timeout=timeout_s)
             except Exception as error:
-                if isinstance(error, LEAVES_THE_SESSION) and not self._connection.is_closed():
+                stays = isinstance(error, LEAVES_THE_SESSION) and not self._connection.is_closed()
+                problem = None if stays else unavailable(error)
+                if problem is None:
                     raise
-                problem = unavailable(error)
-                if problem is not None:
-                    raise problem from error
-                raise
+                raise problem from error

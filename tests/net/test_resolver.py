@@ -77,6 +77,12 @@ class Dns(asyncio.DatagramProtocol):
         elif not self.silent and name not in self.silent_for:
             asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
 
+    async def heard(self, count: int) -> None:
+        """Wait until it was asked so many times in all."""
+        async with asyncio.timeout(10):
+            while len(self.asked) < count:
+                await asyncio.sleep(0.005)
+
     async def let_go(self, name: str) -> None:
         """Give the answers for a name, after both of its families were asked for."""
         assert self.withheld is not None
@@ -243,12 +249,10 @@ async def test_channels_are_closed_though_some_look_up_is_always_under_way(
         dns.records[f"n{n}.example", A] = ["127.0.0.2"]
     earlier = asyncio.create_task(resolver.resolve("n0.example"))
     for n in range(1, 12):
-        while len(dns.asked) < 2 * n:
-            await asyncio.sleep(0.005)
+        await dns.heard(2 * n)
         now += 400.0  # each look-up has a new channel
         later = asyncio.create_task(resolver.resolve(f"n{n}.example"))
-        while len(dns.asked) < 2 * n + 2:
-            await asyncio.sleep(0.005)
+        await dns.heard(2 * n + 2)
         assert len(resolver._retired) == 1
         await dns.let_go(f"n{n - 1}.example")
         assert (await earlier).addresses == ("127.0.0.2",), "it was not cut short"
