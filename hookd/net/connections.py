@@ -20,6 +20,7 @@ import socket
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -28,7 +29,7 @@ from yarl import URL
 
 from hookd.core.addresses import TENANT_REASON, AddressRules, classify
 from hookd.core.model import ConnectFailure, OutcomeKind
-from hookd.net.line import Line, silent
+from hookd.net.line import Line, Repeated, silent
 from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ class Connections:
         """By origin: connections are shared by everybody on the same scheme, host and port."""
         self.talking: set[Line] = set()
         """Lines on which an answer is awaited."""
+        self._repeated: WeakValueDictionary[str, Repeated] = WeakValueDictionary()
+        """By origin, as long as there is a line to it."""
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         self.most = most
         self.opened = 0
@@ -350,18 +353,14 @@ class Connections:
 
     def _line(self, transport: asyncio.Transport, target: Target, tls_ms: float | None) -> Line:
         self.opened += 1
-        counted = True
+        repeated = self._repeated.get(target.origin)
+        if repeated is None:
+            repeated = self._repeated[target.origin] = Repeated()
+        return Line(transport, target.origin, self, repeated, self._mono, tls_ms)
 
-        def ended() -> None:
-            nonlocal counted
-            if counted:
-                counted = False
-                self._held -= 1
-            transport.abort()
-
-        return Line(
-            transport, target.origin, let_go=ended, mono=self._mono, talking=self.talking, keep=self.keep, tls_ms=tls_ms
-        )  # fmt: skip
+    def ended(self) -> None:
+        """One of its lines has ended."""
+        self._held -= 1
 
     def _drop_one(self) -> bool:
         """Drop a connection that is idle; False if none is."""

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 import trustme
 import uvloop
+from aiohttp.http_parser import HttpResponseParser
 
 from hookd.core.model import OutcomeKind
 from hookd.net import line
@@ -342,6 +343,24 @@ class Script(Receiver):
         return False
 
 
+class Parsers:
+    """Counts the parsers that are made."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.made += 1
+        return HttpResponseParser(*arguments)
+
+
+@pytest.fixture
+def parsers(monkeypatch: pytest.MonkeyPatch) -> Parsers:
+    counting = Parsers()
+    monkeypatch.setattr(line, "NewParser", counting)
+    return counting
+
+
 NO = answer(200, b"no")
 FAILED = answer(500)
 LONG = answer(200, 2000 * b"x")
@@ -359,24 +378,40 @@ LONG = answer(200, 2000 * b"x")
     ],
 )
 def test_an_answer_that_comes_again_in_one_piece_is_not_parsed_again(
-    monkeypatch: pytest.MonkeyPatch, answers: list[list[bytes]], parsed: int
+    parsers: Parsers, answers: list[list[bytes]], parsed: int
 ) -> None:
-    parsers = 0
-
-    def new_parser(*arguments: Any) -> Any:
-        nonlocal parsers
-        parsers += 1
-        return made(*arguments)
-
-    made = line.NewParser
-    monkeypatch.setattr(line, "NewParser", new_parser)
-
     async def go() -> None:
         async with Script(*answers) as receiver, exchange() as http:
             for pieces in answers:
                 outcome = await http.send(request(receiver.url))
                 assert outcome.status == int(b"".join(pieces)[9:12])
-            assert (receiver.connections, parsers) == (1, parsed)
+            assert (receiver.connections, parsers.made) == (1, parsed)
+
+    run("uvloop", go())
+
+
+def test_what_an_origin_says_again_is_known_on_all_its_connections_and_on_no_others(parsers: Parsers) -> None:
+    """And for as long as there are any: origins come and go."""
+    gathered = asyncio.Event()
+
+    async def when_all_have_come(call: Call, writer: asyncio.StreamWriter) -> None:
+        if call.number == 8:
+            gathered.set()
+        await gathered.wait()
+        writer.write(OK)
+
+    async def go() -> None:
+        async with Receiver(when_all_have_come) as one, Receiver() as other, exchange() as http:
+            outcomes = await asyncio.gather(*(http.send(request(one.url)) for _ in range(8)))
+            assert {(o.status, o.headers, o.body) for o in outcomes} == {(200, "content-length: 2", "ok")}
+            assert (one.connections, parsers.made) == (8, 1)
+
+            await http.send(request(other.url))
+            assert parsers.made == 2, "another origin's"
+
+            http.connections.drop_idle()
+            await http.send(request(one.url))
+            assert parsers.made == 3, "all its connections had ended"
 
     run("uvloop", go())
 
