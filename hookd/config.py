@@ -511,15 +511,24 @@ def _nonsense(config: Config) -> Iterator[tuple[str, str]]:
     if len(config.retry.schedule) > 100:
         yield "retry.schedule", "more than 100 retries"
     for host in config.limits.hosts:
-        if "/" in host or " " in host:
-            yield (
-                f'limits.hosts."{host}"',
-                'write a host, a host and port, or a pattern such as "*.example.com"',
-            )
+        if problem := _no_host(host):
+            yield f'limits.hosts."{host}"', problem
     yield from _missing_files(config)
     dsn = config.database.dsn
     if dsn != "embedded" and not dsn.startswith(("postgresql://", "postgres://")):
         yield "database.dsn", 'write "embedded" or a URI such as "postgresql://user@host:5432/name"'
+
+
+def _no_host(key: str) -> str:
+    """What keeps a key of ``limits.hosts`` from ever being a lane's; empty: nothing."""
+    name = key.lower()
+    bare = name.removeprefix("*.")
+    host, _, port = (bare, "", "") if bare.endswith("]") else bare.partition(":")
+    target = parse_url(f"https://{bare}/", names=(host.removesuffix("."),))
+    if isinstance(target, UrlProblem) or (bare != name and (port or target.ip is not None)):
+        return 'write a host, a host and port, or a pattern such as "*.example.com"'
+    right = target.lane if port else target.lane.rpartition(":")[0]
+    return "" if bare == right else f'write "{name.removesuffix(bare)}{right}", as it is called'
 
 
 PUBLIC_FILES = ("network.ca_file", "network.hosts_file")

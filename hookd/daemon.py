@@ -457,7 +457,7 @@ class Daemon:
         rules = self._address_rules()
         if rules != self.rules:
             self.rules = rules
-            self.exchange.connections.drop_idle()
+            self.exchange.connections.rules_changed()
 
     async def _keep_rules(self) -> None:
         """Interfaces come and go, and with them the addresses that are this machine's own."""

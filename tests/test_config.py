@@ -108,6 +108,28 @@ def test_limits_of_a_host_inherit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("api.example.com", ""), ("api.example.com:8443", ""), ("*.example.com", ""), ("192.0.2.1:80", ""), ("[2001:db8::1]", ""),
+        ("[2001:db8::1]:8443", ""), ("receiver", ""), ("db.internal", ""), ("API.Example.com", ""),
+        ("*.example.com:8443", "a pattern such as"), ("*.192.0.2.1", "a pattern such as"), ("not a host", "a pattern such as"),
+        ("", "a pattern such as"), ("2001:db8::1", "a pattern such as"), ("*", "a pattern such as"),
+        ("bücher.example", 'write "xn--bcher-kva.example"'), ("api.example.com.", 'write "api.example.com"'),
+        ("api.example.com/hook", 'write "api.example.com"'), ("*.example.com.", 'write "*.example.com"'),
+        ("[2001:DB8:0::1]", 'write "[2001:db8::1]"'),
+    ],
+)  # fmt: skip
+def test_limits_of_what_is_never_called_are_refused(host: str, said: str) -> None:
+    try:
+        parse(f'[limits.hosts."{host}"]\nrate = 9.0\n', "c", {})
+    except ConfigInvalid as refused:
+        assert said, refused
+        assert said in str(refused)
+    else:
+        assert not said
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("250ms", 0.25), ("20s", 20), ("5m", 300), ("2h", 7200), ("5d", 432000), ("1.5s", 1.5)],
 )

@@ -16,8 +16,9 @@ import msgspec
 
 from hookd.admin.problems import Refused
 from hookd.config import allowed_names
+from hookd.core.bodies import NO_THIN_URL
 from hookd.core.headers import check_headers
-from hookd.core.model import EndpointKey
+from hookd.core.model import BodyFormat, EndpointKey
 from hookd.core.request import InvalidRequest
 from hookd.core.signing import chosen_secret
 from hookd.net.vetting import vet
@@ -145,6 +146,7 @@ class Actions:
 
     async def add(self, actor: Actor, wanted: NewEndpoint) -> Added:
         """Register one; where verification is required it is asked first."""
+        self._may_be(wanted.format)
         target = await self._judged(wanted.url)
         secret = _secret(wanted.key_type, wanted.secret)
         change = EndpointChange(
@@ -186,6 +188,8 @@ class Actions:
         )
         async with self._session() as connection:
             record = await self._found(connection, endpoint_id)
+            if patch.format is not msgspec.UNSET and patch.format != record.format:
+                self._may_be(patch.format)
             record = await registry.update(
                 connection, record.id, change,
                 keyring=self._daemon.keyring, verified=not self._required, actor=actor,
@@ -256,7 +260,7 @@ class Actions:
         async with self._session() as connection:
             record = self._there(await self._found(connection, endpoint_id))
             event_id = await connection.fetchval("select hookd.uuid7()")
-            if record.state == "unverified":
+            if record.owes_an_answer(required=self._required):
                 raise Refused(409, "unverified", "it receives nothing before it is verified: verify it first")
             await audit.record(
                 connection, actor, "endpoint.test", Subject(endpoint=record.id), {"type": type_}
@@ -372,6 +376,11 @@ class Actions:
         return queued
 
     # Help.
+
+    def _may_be(self, format_: str | None) -> None:
+        """Refuse a format that nothing could be sent in."""
+        if format_ == BodyFormat.THIN and not self._daemon.config.delivery.thin_url:
+            raise Refused(422, "format", NO_THIN_URL)
 
     @property
     def _required(self) -> bool:

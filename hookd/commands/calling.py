@@ -89,7 +89,7 @@ async def tested(
     from hookd.trial import try_out  # noqa: PLC0415
 
     record = await registry.show(connection, endpoint_id)
-    if record.state == "unverified":
+    if record.owes_an_answer(required=config.security.require_verification):
         raise Failed(f"it receives nothing before it is verified; run: hookd endpoint verify {endpoint_id}")
     found = await _endpoint(connection, config, record)
     event_id = await connection.fetchval("select hookd.uuid7()")

@@ -85,6 +85,19 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
     )
 
 
+def _may_be(format_: str | None, config: Config) -> None:
+    """
+    Refuse a format that nothing could be sent in.
+
+    Raises:
+        Failed: it is thin, and there is no URL to fetch from.
+    """
+    from hookd.core.bodies import NO_THIN_URL  # noqa: PLC0415 - not for --help
+
+    if format_ == "thin" and not config.delivery.thin_url:
+        raise Failed(NO_THIN_URL)
+
+
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How ``add`` and ``rotate`` come by a signing secret."""
     for option in (
@@ -159,6 +172,7 @@ def add(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[EndpointRecord, Verification | None, int | None]:
         keyring = keyring_of(config)
+        _may_be(settings["format_"], config)
         target = await judged(url, config)
         required = config.security.require_verification
         record = await registry.add(
@@ -283,6 +297,7 @@ def update(
         connection: asyncpg.Connection, config: Config
     ) -> tuple[EndpointRecord, Verification | None]:
         keyring = keyring_of(config)
+        _may_be(given["format_"], config)
         wanted = await endpoint_of(connection, endpoint_id)
         target = await judged(url, config) if url else None
         required = config.security.require_verification

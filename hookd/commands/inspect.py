@@ -202,6 +202,12 @@ def explain(invocation: Invocation, id_: str) -> None:
     async def work(connection: asyncpg.Connection, _config: Config) -> list[dict[str, Any]]:
         event_id, delivery_id = await find(connection, id_)
         found = await look(connection, event_id, delivery_id)
+        if not found and delivery_id is not None:
+            if await look(connection, event_id):
+                raise Failed(
+                    f"delivery {delivery_id} was followed by a newer one; run: hookd explain {event_id}"
+                )
+            raise Failed(f"the attempts of delivery {delivery_id} are no longer kept (retention.attempts)")
         if not found and await history.event(connection, event_id) is None:
             raise Failed(await no_event(connection, event_id))
         return found

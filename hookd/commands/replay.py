@@ -197,6 +197,8 @@ def resend(invocation: Invocation, id_: str) -> None:
                     f"delivery {delivery_id} was followed by a newer one; resend the event {event_id}"
                 )
             selection["endpoint"] = chosen[0]["endpoint_id"]
+            if selection["endpoint"] is None:
+                raise Failed(f"the endpoint of delivery {delivery_id} is no longer kept")
         await audit.record(
             connection, whoami(), "delivery.resend", *audit.of_selection(selection, delivery_id)
         )

@@ -103,7 +103,8 @@ def words(line: str) -> dict[str, str]:
         if bare is not None:
             found |= _bare(bare)
             continue
-        value = json.loads(value) if value.startswith('"') else value
+        if value.startswith('"'):
+            value = _unquoted(value)
         if name in FIELDS:
             found[name] = value
         elif name.startswith(("data.", "payload.")):
@@ -113,6 +114,21 @@ def words(line: str) -> dict[str, str]:
                 f"{name!r} is nothing to search by: {', '.join(FIELDS)}, or data.KEY for a value in the payload"
             )
     return found
+
+
+def _unquoted(text: str) -> str:
+    """
+    What is between quotes, as JSON has it.
+
+    Raises:
+        BadFilter: they do not end, or what is between them cannot be written in UTF-8.
+    """
+    try:
+        said = str(json.loads(text))
+        said.encode()
+    except ValueError:
+        raise BadFilter(f"{text[:50]} is no text between quotes") from None
+    return said
 
 
 def _bare(word: str) -> dict[str, str]:
@@ -126,7 +142,7 @@ def path_to(keys: str, value: str) -> str:
     steps = "".join(f".{json.dumps(key)}" for key in keys.split(".") if key)
     try:
         literal = value if isinstance(json.loads(value), int | float | bool | None) else json.dumps(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         literal = json.dumps(value)
     return f"${steps} ? (@ == {literal})"
 

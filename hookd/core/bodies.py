@@ -96,7 +96,7 @@ def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -
             ) % (str(event.id).encode(), json.dumps(source).encode(), kind, at, event.payload)
         case BodyFormat.THIN:
             if thin is None:
-                raise ValueError("the format is thin, but delivery.thin_url is not set")
+                raise ValueError(NO_THIN_URL)
             url = json.dumps(thin.url(str(event.id), event.created_at)).encode()
             return b'{"type":%b,"timestamp":"%b","id":"%b","url":%b}' % (
                 kind,
@@ -104,6 +104,9 @@ def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -
                 str(event.id).encode(),
                 url,
             )
+
+
+NO_THIN_URL = "the format is thin, but delivery.thin_url is not set"
 
 
 @lru_cache(1024)

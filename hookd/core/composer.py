@@ -71,7 +71,10 @@ class Composer:
         if self._problem is not None:
             raise InvalidRequest(self._problem)
         event = delivery.event
-        content = body(event, self._format, thin=self._wire.thin, source=self._wire.source)
+        try:
+            content = body(event, self._format, thin=self._wire.thin, source=self._wire.source)
+        except ValueError as problem:
+            raise InvalidRequest(str(problem)) from None
         event_id = str(event.id)
         lines = attempt_lines(
             event_id=event_id,

@@ -29,7 +29,7 @@ from yarl import URL
 
 from hookd.core.addresses import TENANT_REASON, AddressRules, classify
 from hookd.core.model import ConnectFailure, OutcomeKind
-from hookd.net.line import Line, Repeated, silent
+from hookd.net.line import SPOKE_FIRST, Line, Repeated, silent
 from hookd.net.tunnel import ByProxy, NoTunnel, open_tunnel
 
 if TYPE_CHECKING:
@@ -68,6 +68,13 @@ ERRNO = re.compile(r"\[Errno (\d+)\]")
 ADDRESSES_TRIED = 2
 """Of those that a name has, through a proxy."""
 
+ADDRESSES_DIALLED = 3
+"""
+Of each family, without one: happy eyeballs (RFC 8305) keeps all that do not answer open at once, and counts as one connection.
+
+A name may have 16 of each; 500 attempts at such names took all descriptors that there are.
+"""
+
 NEXT_ADDRESS = frozenset(
     {
         OutcomeKind.CONNECT_FAILED,
@@ -83,7 +90,9 @@ NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, 
 
 NO_HANDSHAKE = "the TLS handshake failed"
 
-SPOKE_FIRST = "the connection was closed, or spoke, before it was asked"
+RULES_CHANGED = "what may be called was changed meanwhile"
+
+CLOSED_FIRST = "the connection was closed before it was asked"
 
 
 class AddressBlocked(OSError):
@@ -148,17 +157,21 @@ class _Vetted(AbstractResolver):
             raise OSError(errno.ENETDOWN, resolution.problem)
         if not resolution.addresses:
             raise (AddressBlocked if resolution.blocked else OSError)(errno.EACCES, resolution.problem)
+        by_family: dict[socket.AddressFamily, list[str]] = {socket.AF_INET: [], socket.AF_INET6: []}
+        for address in resolution.addresses:
+            by_family[socket.AF_INET6 if ":" in address else socket.AF_INET].append(address)
         return [
             ResolveResult(
                 hostname=host,
                 host=address,
                 port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                family=kind,
                 proto=0,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for address in resolution.addresses
-            if family in (socket.AF_UNSPEC, socket.AF_INET6 if ":" in address else socket.AF_INET)
+            for kind, addresses in by_family.items()
+            if family in (socket.AF_UNSPEC, kind)
+            for address in addresses[:ADDRESSES_DIALLED]
         ]
 
     async def close(self) -> None:
@@ -198,6 +211,7 @@ class Connections:
         """By origin, as long as there is a line to it."""
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         self.most = most
+        self.generation = 0
         self.opened = 0
         self._held = 0
         """Those that are open or being opened."""
@@ -233,6 +247,9 @@ class Connections:
 
     def keep(self, line: Line) -> None:
         """Keep a connection whose answer was read to its end."""
+        if line.generation != self.generation:
+            line.drop()
+            return
         line.idle_since = self._mono()
         lines = self._idle.get(line.origin)
         if lines is None:
@@ -244,6 +261,7 @@ class Connections:
         if self.most is not None and self._held >= self.most and not self._drop_one():
             return ConnectFailure(OutcomeKind.OURS, NO_DESCRIPTORS)
         self._held += 1
+        generation = self.generation
         opened = None
         try:
             opened = await (
@@ -252,6 +270,9 @@ class Connections:
         finally:
             if not isinstance(opened, Line):
                 self._held -= 1
+        if isinstance(opened, Line) and generation != self.generation:
+            opened.drop()
+            return ConnectFailure(OutcomeKind.OURS, RULES_CHANGED)
         return opened
 
     async def _open(self, target: Target) -> Line | ConnectFailure:
@@ -266,7 +287,7 @@ class Connections:
         handler = connection.protocol
         if handler is None or handler.transport is None:
             connection.close()
-            return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
+            return ConnectFailure(OutcomeKind.CONNECT_FAILED, CLOSED_FIRST)
 
         try:
             begun = await self._begun_well(handler, target)
@@ -287,13 +308,18 @@ class Connections:
         """
         assert handler.transport is not None
         peer = handler.transport.get_extra_info("peername")
-        if peer is None or not classify(peer[0], self._rules()).allowed:
+        if peer is None:
+            # it was reset already: whoever stands before a dead receiver accepts, and closes
+            return ConnectFailure(OutcomeKind.CONNECT_FAILED, CLOSED_FIRST)
+        if not classify(peer[0], self._rules()).allowed:
             return ConnectFailure(OutcomeKind.BLOCKED, TENANT_REASON)
         try:
             handler.transport, took = await self._secured(handler.transport, handler, target)
         except (OSError, ValueError) as error:
             return connect_failure(error) or ConnectFailure(OutcomeKind.TLS_FAILED, NO_HANDSHAKE)
-        if handler.transport is None or handler.should_close:
+        if handler.transport is None:
+            return ConnectFailure(OutcomeKind.CONNECT_FAILED, CLOSED_FIRST)
+        if handler.should_close:
             # what it said before the line took over is in aiohttp's hands
             return ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST)
         return took
@@ -363,17 +389,25 @@ class Connections:
         self._held -= 1
 
     def _drop_one(self) -> bool:
-        """Drop a connection that is idle; False if none is."""
+        """Drop a connection that is idle; False if none is.  One that its peer has closed makes no room: it is counted no more."""
         while self._idle:
             origin, lines = next(iter(self._idle.items()))
-            if lines:
-                lines.popleft().drop()
-                return True
+            while lines:
+                line = lines.popleft()
+                held = self._held
+                line.drop()
+                if self._held < held:
+                    return True
             del self._idle[origin]
         return False
 
+    def rules_changed(self) -> None:
+        """Drop what is idle now, and the others when they have their answer."""
+        self.generation += 1
+        self.drop_idle()
+
     def drop_idle(self) -> None:
-        """Drop what is idle: the rules have changed."""
+        """Drop what is idle."""
         for lines in self._idle.values():
             for line in lines:
                 line.drop()

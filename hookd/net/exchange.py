@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import ssl
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,8 +32,8 @@ from aiohttp import http_parser
 from hookd.core.model import ANSWERED, BLOCKED, ConnectFailure, Outcome, OutcomeKind
 from hookd.core.request import Request, prepare_head
 from hookd.core.urls import Target, UrlProblem, parse_url
-from hookd.net.connections import SPOKE_FIRST, Connections
-from hookd.net.line import REDIRECTS, Line, reads_answers, silent
+from hookd.net.connections import CLOSED_FIRST, RULES_CHANGED, Connections
+from hookd.net.line import REDIRECTS, SPOKE_FIRST, Line, reads_answers, silent
 from hookd.net.resolver import NO_DNS
 
 if TYPE_CHECKING:
@@ -54,9 +55,14 @@ The last of them is written some 0.2 ms after it: what arrives meanwhile left it
 an answer that was under way.  A look at each alone took 4.8 of 62 µs a delivery (``bench/profile.py``), this takes 0.6.
 """
 
+LOOKS_MOST = 4
+"""At a new connection that has something to say, before it is given up."""
+
 REDIRECTS_MOST = 3
 
 REPEATING = frozenset({307, 308})
+
+CONTENT_TYPE = re.compile(rb"\r\ncontent-type: ([^\r]*)", re.IGNORECASE)
 
 FLOORS = {"aiohttp": (3, 14, 4), "pycares": (5, 2, 1), "yarl": (1, 25, 1), "asyncpg": (0, 32, 0)}
 """Security floors: CVE-2026-69244 and GHSA-2g87-pp6c-29x5 (aiohttp), CVE-2026-33630 (c-ares in pycares)."""
@@ -86,7 +92,7 @@ class ExchangeOptions:
 
 
 class _NotAsked(Exception):
-    """The exchange ended before its request was written."""
+    """The exchange ended before its request was written.  ANSWERED: with what was answered to the one before, a redirect."""
 
     def __init__(self, kind: OutcomeKind, reason: str) -> None:
         super().__init__(reason)
@@ -99,6 +105,7 @@ class Attempt:
 
     __slots__ = (
         "_begun",
+        "_called",
         "_done",
         "_exchange",
         "_line",
@@ -161,8 +168,10 @@ class Attempt:
                 if hop.target.lane != self.request.target.lane:
                     self._turn = None  # another host's rate is not asked
                 self.request = hop
+                self._called = outcome.url
                 outcome.redirects += 1
-                outcome.url = hop.target.url
+                # a Location may hold what nobody but that receiver should read
+                outcome.url = hop.target.url.partition("?")[0]
                 # what it said is not what the next one will say, or not say
                 outcome.headers = outcome.body = ""
                 outcome.body_truncated = False
@@ -194,7 +203,12 @@ class Attempt:
         try:
             line, reused = await self._line_for_it(fresh=fresh)
         except _NotAsked as end:
-            self.unanswered(end.kind, end.reason)
+            if end.kind is ANSWERED:
+                self.outcome.url, self.outcome.reason = self._called, end.reason
+                self.outcome.redirects -= 1
+                self._end()
+            else:
+                self.unanswered(end.kind, end.reason)
         except Exception as fault:  # noqa: BLE001 - a bug of ours must cost neither the slot nor the delivery
             self.fault(fault)
         else:
@@ -211,21 +225,44 @@ class Attempt:
             if line is not None:
                 return line, True
         line = await self._connect()
-        if turn is not None:
-            try:
+        try:
+            if turn is not None:
                 await self._wait(turn)
-            except BaseException:
-                line.drop()
-                raise
-        if not silent((line,))[0]:
+            await self._see_it_silent(line)
+        except BaseException:
             line.drop()
-            raise _NotAsked(OutcomeKind.MALFORMED, SPOKE_FIRST)
+            raise
         return line, False
 
-    @staticmethod
-    async def _wait(turn: Turn) -> None:
-        if not await turn.wait():
-            raise _NotAsked(OutcomeKind.OURS, "the host's rate was lowered meanwhile")
+    async def _wait(self, turn: Turn) -> None:
+        if await turn.wait():
+            return
+        if self.outcome.redirects:
+            # an attempt each time: asking the first URL again for nothing would never end
+            raise _NotAsked(ANSWERED, "the host's rate does not allow the redirect in time")
+        raise _NotAsked(OutcomeKind.OURS, "the host's rate was lowered meanwhile")
+
+    async def _see_it_silent(self, line: Line) -> None:
+        """
+        See that a new connection may be asked still, and has nothing to say.
+
+        If it has, the event loop reads what that is.  It may be TLS's own: a server that sends its session tickets with its part
+        of the handshake says nothing by that.  And whoever accepts and closes, as a proxy before a dead receiver does, has not
+        spoken.
+        """
+        for _ in range(LOOKS_MOST):
+            if line.generation != self._exchange.connections.generation:
+                raise _NotAsked(OutcomeKind.OURS, RULES_CHANGED)
+            if silent((line,))[0]:
+                return
+            # two turns: asyncio's own loop calls whom it has waited for before it reads
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if line.closing():
+                break
+        if line.spoke or not line.closing():
+            raise _NotAsked(OutcomeKind.MALFORMED, SPOKE_FIRST)
+        raise _NotAsked(OutcomeKind.CONNECT_FAILED, CLOSED_FIRST)
 
     async def _connect(self) -> Line:
         exchange, outcome, target = self._exchange, self.outcome, self.request.target
@@ -406,7 +443,9 @@ class HttpExchange:
         if self.options.redirects == "same-host":
             outcome.reason = "a redirect to another host is not followed"
             return None
-        head = prepare_head(target, {}, user_agent=self.options.user_agent, content_type="application/json")
+        named = CONTENT_TYPE.search(request.head)
+        content_type = named[1].decode("ascii") if named else "application/json"
+        head = prepare_head(target, {}, user_agent=self.options.user_agent, content_type=content_type)
         return replace(
             request, target=target, head=head, lines=b"content-length: %d\r\n\r\n" % len(request.body)
         )

@@ -42,6 +42,8 @@ ONE_WRITE_MOST = 2048
 INTERIM_MOST = 16
 """1xx answers before one that counts."""
 
+HEAD_END = b"\r\n\r\n"
+
 HEADER_LINE_MOST = 8190
 HEADERS_MOST = 64
 
@@ -71,6 +73,8 @@ response_with_body, read_until_eof, auto_decompress.  ``reads_answers`` and the 
 
 BROKEN = (HttpProcessingError, ClientPayloadError, ValueError, RuntimeError, AssertionError)
 """What aiohttp's parser and its stream raise for what is not HTTP."""
+
+SPOKE_FIRST = "the receiver spoke before it was asked"
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -118,6 +122,8 @@ class Pool(Protocol):
 
     talking: set[Line]
     """The lines that are being asked."""
+    generation: int
+    """Counts changes of what may be called: a line of an earlier one is asked nothing more."""
 
     def keep(self, line: Line) -> None:
         """Keep a line whose answer was read to its end."""
@@ -146,8 +152,10 @@ class Line(asyncio.Protocol):
         "_transport",
         "_written_mono",
         "descriptor",
+        "generation",
         "idle_since",
         "origin",
+        "spoke",
         "tls_ms",
     )
 
@@ -177,6 +185,9 @@ class Line(asyncio.Protocol):
         self.origin = origin
         self.idle_since = 0.0
         self.tls_ms = tls_ms
+        self.generation = pool.generation
+        self.spoke = False
+        """It said something before it was asked."""
         self.descriptor: int = transport.get_extra_info("socket").fileno()
         transport.set_protocol(self)
 
@@ -224,6 +235,7 @@ class Line(asyncio.Protocol):
         """Read on in the answer."""
         asker = self._asker
         if asker is None:
+            self.spoke = True
             self.drop()
         elif data == self._repeated.answer and not self._received and asker.most == self._repeated.read_as[0]:
             self._end_repeated(asker)
@@ -238,6 +250,8 @@ class Line(asyncio.Protocol):
         try:
             messages, upgraded, _ = self._parser.feed_data(data)
         except BROKEN:
+            if self._message is None and self._received == len(data) and not self._heads_alone(data):
+                return
             if self._message is not None:
                 self._end_answered(whole=False)
             else:
@@ -255,6 +269,28 @@ class Line(asyncio.Protocol):
                 self._end_answered(whole=False)
             else:
                 self._end_unanswered(OutcomeKind.MALFORMED, "the answer is not HTTP")
+
+    def _heads_alone(self, data: bytes) -> bool:
+        """
+        Read an answer's head again, without what is behind it and could not be read; whether the conversation goes on.
+
+        The parser that fails at a body tells nothing of the head that it has read when both came in one piece: a 204 with a
+        body, a Content-Length that counts characters.
+        """
+        self._parser = NewParser(self, self._loop, *PARSER)
+        start = 0
+        for _ in range(INTERIM_MOST):
+            end = data.find(HEAD_END, start) + len(HEAD_END)
+            if end < len(HEAD_END) or self._message is not None:
+                break
+            try:
+                messages, upgraded, _ = self._parser.feed_data(data[start:end])
+            except BROKEN:
+                break
+            if messages and not self._heads(messages, upgraded):
+                return False
+            start = end
+        return True
 
     def eof_received(self) -> None:
         """The other end has closed: so do we."""

@@ -48,6 +48,13 @@ CACHE_MOST = 10_000
 ADDRESSES_MOST = 16
 """Of each family, taken of one answer: it may have four thousand, and each costs memory here and time at every connection."""
 
+OTHER_FAMILY_S = 0.5
+"""
+For so long addresses of one family wait for those of the other (RFC 8305, 3, has 50 ms).
+
+There are name servers that never answer when they are asked for AAAA: their names have addresses all the same.
+"""
+
 QUERY_TIMEOUT_S = 5.0
 CHANNEL_LIFE_S = 300.0
 """Also bounds c-ares' own cache, which keeps answers for up to an hour and cannot be turned off from Python."""
@@ -118,6 +125,9 @@ class Said:
     ttl: int = 0
     code: int = 0
     """Of c-ares; 0: there was an answer."""
+
+
+UNHEARD = Said(code=pycares.errno.ARES_ETIMEOUT)
 
 
 class Resolver:
@@ -224,8 +234,15 @@ class Resolver:
             task = asyncio.create_task(self._ask(host))
             self._asking[host] = task
             task.add_done_callback(lambda _: self._asking.pop(host, None))
-        # one impatient attempt must not end the look-up for the others
-        return await asyncio.shield(task)
+        try:
+            # one impatient attempt must not end the look-up for the others
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if not task.cancelled() or current is None or current.cancelling():
+                raise
+            # not whoever waits here, but the look-up was ended: by the silence, and before its first step, where it cannot say so
+            return self._unheard(host)
 
     async def _ask(self, host: str) -> _Answer:
         try:
@@ -233,8 +250,11 @@ class Resolver:
         except asyncio.CancelledError:
             if not self._silent:
                 raise
-            self._wanted = host
-            return _Answer((), NO_DNS, 0.0, ours=True)
+            return self._unheard(host)
+
+    def _unheard(self, host: str) -> _Answer:
+        self._wanted = host
+        return _Answer((), NO_DNS, 0.0, ours=True)
 
     async def _searched(self, host: str) -> _Answer:
         """A single label is looked for below each search domain first, as resolv.conf has it."""
@@ -246,11 +266,12 @@ class Resolver:
 
     async def _asked(self, host: str) -> _Answer:
         self.lookups += 1
-        found = await asyncio.gather(self._query(host, "A"), self._query(host, "AAAA"))
+        found = await self._of_both_families(host)
         addresses = tuple(address for said in found for address in said.addresses[:ADDRESSES_MOST])
         now = self._mono()
         if addresses:
-            ttl = min(said.ttl for said in found if said.addresses)
+            # without its A records a name may not be reached at all from here: it is asked for again soon
+            ttl = 0 if found[0].code == UNHEARD.code else min(said.ttl for said in found if said.addresses)
             answer = _Answer(addresses, "", now + min(TTL_MOST_S, max(TTL_LEAST_S, float(ttl))))
         else:
             # of two failures the one that is not "no such record" says more
@@ -262,6 +283,20 @@ class Resolver:
         while len(self._cache) > CACHE_MOST:
             self._cache.popitem(last=False)
         return answer
+
+    async def _of_both_families(self, host: str) -> list[Said]:
+        """What was said of A and of AAAA."""
+        asked = [asyncio.create_task(self._query(host, kind)) for kind in ("A", "AAAA")]
+        try:
+            done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            if waiting:
+                known = any(task.result().addresses for task in done)
+                await asyncio.wait(waiting, timeout=OTHER_FAMILY_S if known else None)
+            return [task.result() if task.done() else UNHEARD for task in asked]
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     async def _query(self, host: str, kind: str) -> Said:
         channel = self._current()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hookd.core.model import ConnectFailure, OutcomeKind
 from hookd.core.proxies import UNREACHABLE, connect_refusal, socks_refusal
+from hookd.net.line import SPOKE_FIRST
 from hookd.net.resolver import Resolution
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ async def _through(
         await _by_connect(transport, handshake, proxy, target, address)
     if handshake.said:
         # before TLS this would be somebody in between, without TLS an answer to nothing
-        raise NoTunnel(ConnectFailure(OutcomeKind.MALFORMED, "the connection spoke before it was asked"))
+        raise NoTunnel(ConnectFailure(OutcomeKind.MALFORMED, SPOKE_FIRST))
 
 
 async def _by_connect(

@@ -86,11 +86,11 @@ RETRYABLE = (
     EOFError,
 )
 
-# Greedy up to the last @: a password may have been written with the / ? # or @ in it that should have been encoded.
-PASSWORD_IN_URL = re.compile(r"(?<=://)([^:/@]*):\S*@")
+# Greedy up to the last @: a password may have been written with the blank / ? # or @ in it that should have been encoded.
+PASSWORD_IN_URL = re.compile(r"(?<=://)([^:/@]*):.*@", re.DOTALL)
 HOST_AND_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^:\[\]]+)(?::(?P<port>\d+))?")
 
-PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])((?:ssl)?password=)[^&\s]*")
+PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])((?:ssl)?password=)[^&]*")
 
 
 class DatabaseUnavailable(Exception):

@@ -31,6 +31,11 @@ FAILURES_MOST = 5_000
 MINUTE_S, QUARTER_S = 60, 900
 """What the daemons count by."""
 
+QUARTER = datetime.timedelta(seconds=QUARTER_S)
+
+MINUTES_KEPT = datetime.timedelta(days=2)
+"""Then there are only quarters of an hour (``maintenance.PURGE_TALLY``)."""
+
 CAUSES = 50
 """Shown, the most frequent first."""
 
@@ -195,11 +200,16 @@ async def rates(
     """
     The last hour by minutes, or whatever else: ``seconds=86400, intervals=96`` for a day by quarters of an hour.
 
-    An interval is a whole number of minutes; of more than two days, of quarters of an hour.  ``until`` is now, where it is not given; the last interval goes on beyond it.
+    An interval is a whole number of minutes; where it begins more than two days ago, of quarters of an hour.  ``until`` is now, where it is not given; the last interval goes on beyond it.
     """
-    now = within_reason(until) or await connection.fetchval(NOW)
+    present = await connection.fetchval(NOW)
+    now = within_reason(until) or present
     step = datetime.timedelta(minutes=max(1, round(seconds / intervals / 60)))
-    # of minutes there are two days; by the quarter a week is as cheap as a day
+    asked = step * intervals
+    if now - asked < present - MINUTES_KEPT:
+        step = -(-step // QUARTER) * QUARTER
+        intervals = -(-asked // step)
+    # by the quarter a week is as cheap as a day
     kept = QUARTER_S if step.total_seconds() % QUARTER_S == 0 else MINUTE_S
     end = _floor(now, step) + step
     since = end - step * intervals

@@ -223,6 +223,11 @@ class EndpointRecord:
     secrets: int
     """How many secrets sign: two while one rotates."""
 
+    def owes_an_answer(self, *, required: bool) -> bool:
+        """Whether nothing is sent to it, not even a test, before it has answered a challenge; ``required``: by the configuration."""
+        waits = self.state in ("paused", "disabled") and self.verified_at is None
+        return self.state == "unverified" or (required and waits)
+
 
 def check_types(types: Sequence[str]) -> None:
     """
@@ -351,11 +356,12 @@ async def update(
                 not verified,
                 NOT_VERIFIED,
             )
-            if key is not None and change.headers is not None:
+            if key is None:
+                raise _removed(await show(connection, endpoint_id))
+            if change.headers is not None:
                 await vault.set_headers(connection, keyring, key, endpoint_id, change.headers)
                 await connection.execute(TOUCH, key)
-            if key is not None:
-                await _note(connection, actor, "endpoint.update", endpoint_id, change.facts())
+            await _note(connection, actor, "endpoint.update", endpoint_id, change.facts())
     return await show(connection, endpoint_id)
 
 
@@ -461,11 +467,17 @@ async def rotate(
 ) -> EndpointRecord:
     """Sign with a new secret; the old ones sign too for ``overlap_s`` more seconds."""
     record = await show(connection, endpoint_id)
+    if record.state == "removed":
+        raise _removed(record)
     async with connection.transaction():
         await vault.replace_signing(connection, keyring, record.key, endpoint_id, secret, overlap_s)
         await connection.execute(TOUCH, record.key)
         await _note(connection, actor, "endpoint.rotate", endpoint_id, {"overlap_s": overlap_s})
     return await show(connection, endpoint_id)
+
+
+def _removed(record: EndpointRecord) -> NotPossible:
+    return NotPossible(f"endpoint {record.id} was removed; add another one")
 
 
 async def _note(

@@ -30,7 +30,10 @@ LOOK_S = 4.0
 """For so long is looked; then it goes on from where it got."""
 
 LAST_WORD = """
-select s.delivery_id from hookd.delivery_status s where s.event_id = any($1::uuid[]) and s.delivery_id is not null
+select s.delivery_id, e.state in ('disabled', 'removed') as would_end
+  from hookd.delivery_status s
+  join hookd.endpoint e on e.id = s.endpoint_id
+ where s.event_id = any($1::uuid[]) and s.delivery_id is not null
 """
 
 
@@ -42,6 +45,8 @@ class Matching:
     """Of each the event and the endpoint, newest event first."""
     back_to: datetime.datetime | None
     """There may be more before then; None: that is all."""
+    left_out: int = 0
+    """Of endpoints that are disabled or removed: they would end as soon as they were read."""
 
 
 def resendable(wanted: Filter) -> Filter:
@@ -61,6 +66,7 @@ async def matching(reading: Reading, wanted: Filter, most: int = MOST, look_s: f
     until = loop.time() + look_s
     found: dict[tuple[UUID, UUID], datetime.datetime] = {}
     cursor: str | None = None
+    left_out = 0
     if wanted.states and not set(wanted.states) & set(SETTLED_STATES):
         return Matching([], None)
     chosen = resendable(wanted)
@@ -69,12 +75,15 @@ async def matching(reading: Reading, wanted: Filter, most: int = MOST, look_s: f
         async with reading.session() as session:
             page = await search.deliveries(session, chosen, cursor, min(PAGE, most - len(found)))
             events = list({row["event_id"] for row in page.rows})
-            last = {r["delivery_id"] for r in await session.fetch(LAST_WORD, events)} if events else set()
+            last = {r[0]: r[1] for r in await session.fetch(LAST_WORD, events)} if events else {}
         for row in page.rows:
-            if row["delivery_id"] in last and row["endpoint_id"] is not None:
+            would_end = last.get(row["delivery_id"])
+            if would_end:
+                left_out += 1
+            elif would_end is not None:
                 found[row["event_id"], row["endpoint_id"]] = row["created_at"]
         cursor = page.older
         if cursor is None:
-            return Matching(list(found), None)
+            return Matching(list(found), None, left_out)
         if len(found) >= most or loop.time() >= until:
-            return Matching(list(found), page.looked_back_to)
+            return Matching(list(found), page.looked_back_to, left_out)

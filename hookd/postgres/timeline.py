@@ -182,8 +182,11 @@ async def delivery(
         if event_id is None:
             return None
     since = time_of(event_id) - search.SKEW
-    rows = dictionaries(await connection.fetch(ATTEMPTS, event_id, delivery_id, since, ATTEMPTS_SHOWN))
+    # the queue first: what settles meanwhile is in the log then, and not in neither
     pending = await _row(connection, PENDING, event_id, delivery_id)
+    rows = dictionaries(await connection.fetch(ATTEMPTS, event_id, delivery_id, since, ATTEMPTS_SHOWN))
+    if _final(rows) is not None:
+        pending = None
     dead = await _row(connection, DEAD, delivery_id)
     known = pending or (rows[0] if rows else None) or dead
     if known is None:
@@ -230,7 +233,7 @@ async def find(connection: asyncpg.Connection, text: str) -> Found | None:
     """What somebody typed or pasted: an event's id, an endpoint's, or a delivery's number."""
     text = text.strip().removeprefix("#")
     if text.isascii() and text.isdigit():
-        number = int(text)
+        number = int(text) if len(text) < 20 else 1 << 63
         event_id = await find_delivery(connection, number) if number < 1 << 63 else None
         return None if event_id is None else Found("delivery", event=event_id, delivery=number)
     try:
@@ -350,16 +353,24 @@ async def _event_row(connection: asyncpg.Connection, event_id: UUID) -> dict[str
     return said | {"payload_bytes": len(said["payload"].encode()), "buried": buried}
 
 
+def _final(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The attempt that ended a delivery; by its own clock it may not be the last, where daemons' clocks differ."""
+    return next((row for row in rows if row["verdict"] != "retry"), None)
+
+
 def _state(
     pending: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], dead: Mapping[str, Any] | None
 ) -> tuple[str, int]:
     made = max((r["attempt"] for r in rows), default=0)
     if pending is not None:
         return ("retrying" if pending["attempt"] else "pending"), pending["attempt"]
-    if rows:
-        return rows[0]["verdict"], made
-    assert dead is not None
-    return "exhausted", dead["attempts"]
+    final = _final(rows)
+    if final is not None:
+        return final["verdict"], made
+    if dead is not None:
+        return "exhausted", dead["attempts"]
+    # its row was deleted by hand, between two attempts
+    return "cancelled", made
 
 
 @dataclass(frozen=True, slots=True)

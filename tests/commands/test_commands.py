@@ -275,8 +275,11 @@ def test_what_happened(cli: Cli, start_daemon: Callable[..., DaemonProcess]) -> 
                 }
                 assert cli.json("replay", "--state", "exhausted")[0]["queued"] == 1
 
+            (first,) = await asyncio.to_thread(cli.json, "explain", event)
             await asyncio.to_thread(look)
             await wait_empty(cli.dsn)
+            replayed = await asyncio.to_thread(cli.fails, 1, "explain", str(first["delivery_id"]))
+            assert f"was followed by a newer one; run: hookd explain {event}" in replayed
             receiver.handle = always(answer(200))
             await asyncio.to_thread(cli.ok, "resend", event)
             await wait_empty(cli.dsn)

@@ -152,3 +152,19 @@ def test_a_form_that_cannot_be_read_is_refused(guarded: World, body: bytes) -> N
         status, _, page = ask(guarded.url, f"POST {path}", *OWN, bearer, FORM, body=body)
         assert status == 422, (path, page.decode())
     assert not guarded.daemon.said("a request to the admin server failed")
+
+
+@pytest.mark.parametrize(
+    ("charset", "body"),
+    [
+        ("punycode", 200_000 * b"x" + b"-" + 200_000 * b"a"),
+        ("unicode_escape", b"token=\\ud800"),
+        ("utf-16", b"\0t"),
+        ("nonsense", b"token=x"),
+    ],
+)
+def test_who_asks_does_not_choose_the_decoder(guarded: World, charset: str, body: bytes) -> None:
+    """That of punycode takes minutes for a megabyte, in which nothing would be delivered; and nobody has logged in yet."""
+    assert ask(guarded.url, "POST /login", *OWN, f"{FORM}; charset={charset}", body=body)[0] == 415
+    typed = urlencode({"token": TOKEN}).encode()
+    assert ask(guarded.url, "POST /login", *OWN, f"{FORM}; charset=UTF-8", body=typed)[0] == 303

@@ -58,6 +58,16 @@ def test_the_search_line() -> None:
         words("colour:red")
 
 
+@pytest.mark.parametrize("line", ['data.name:"John Smith', 'type:"order', 'type:"\\q"', 'type:"\\ud800"'])
+def test_quotes_that_do_not_end_are_said(line: str) -> None:
+    with pytest.raises(BadFilter, match="no text between quotes"):
+        words(line)
+
+
+def test_a_value_of_brackets_is_a_text() -> None:
+    assert words("data.a:" + 100_000 * "[")["path"].endswith('[")')
+
+
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_a_path_is_one_comparison_whatever_is_typed(keys: str, value: str) -> None:
     path = path_to(keys, value)

@@ -87,6 +87,11 @@ def test_an_endpoint_from_birth_to_removal(dsn: str, api: Client) -> None:
             assert [e["id"] for e in listed["data"]] == [made["id"]]
             assert (await asyncio.to_thread(api, "GET", "/endpoints?tenant=other"))[1]["data"] == []
             assert (await asyncio.to_thread(api, "DELETE", path))[0] == 204
+            for verb, where in (("PATCH", path), ("POST", f"{path}/rotate")):
+                status, said = await asyncio.to_thread(
+                    api, verb, where, {"rate": 5} if verb == "PATCH" else {}
+                )
+                assert (status, "was removed" in said["detail"]) == (422, True), said
             assert (await asyncio.to_thread(api, "GET", "/endpoints"))[1]["data"] == []
 
     asyncio.run(go())
@@ -103,6 +108,12 @@ def test_replay_by_type_at_a_rate_and_of_what_was_never_owed(dsn: str, api: Clie
             asked: dict[str, Any] = {"types": ["user.*"], "states": ["delivered"]}
             counted = await asyncio.to_thread(api, "POST", "/replay", asked | {"dry_run": True})
             assert counted == (200, {"matching": 3, "queued": 0, "of_disabled_endpoints": 0})
+            for bounds, matching in (
+                ({"until": "1900-01-01T00:00:00Z"}, 0), ({"until": "0001-01-01T00:00:00Z"}, 0), ({"since": "9999-12-31T00:00:00Z"}, 0),
+                ({"since": "0001-01-01T00:00:00Z"}, 3), ({"since": "1900-01-01T00:00:00Z", "until": "9999-12-31T00:00:00Z"}, 3),
+            ):  # fmt: skip
+                _, found = await asyncio.to_thread(api, "POST", "/replay", asked | bounds | {"dry_run": True})
+                assert found["matching"] == matching, bounds
             before = time.monotonic()
             status, done = await asyncio.to_thread(api, "POST", "/replay", asked | {"rate": 2})
             assert (status, done["queued"]) == (202, 3)
@@ -164,6 +175,13 @@ def test_replay_by_type_at_a_rate_and_of_what_was_never_owed(dsn: str, api: Clie
             {"url": "http://127.0.0.1/", "format": "xml"},
             422,
             "format: invalid enum value 'xml'",
+        ),
+        (
+            "POST",
+            "/endpoints",
+            {"url": "https://example.com/", "format": "thin"},
+            422,
+            "delivery.thin_url is not set",
         ),
         ("POST", "/endpoints", b"{", 400, "not JSON"),
         ("GET", f"/endpoints/{NOBODY}", None, 404, "there is no endpoint"),

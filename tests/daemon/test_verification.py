@@ -14,6 +14,7 @@ from hookd.core.challenge import TYPE, challenge_in
 from hookd.core.signing import verify
 from hookd.postgres import registry
 from tests.cli import Cli
+from tests.conftest import run_sql
 from tests.daemon.test_api import Client
 from tests.producing import add_endpoint_with_id, fetch, send, wait_empty, wait_for_row
 from tests.receiver import Receiver, always, answer
@@ -308,6 +309,29 @@ def test_who_vouches_again_for_one_that_failed_for_long_spares_it_the_challenge(
             await in_thread(cli.ok, "endpoint", "verify", str(endpoint_id), "--trust")
             await wait_empty(dsn)
             assert events(receiver) == [sent]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("state", ["unverified", "paused", "disabled"])
+def test_a_test_is_no_way_round_the_challenge(
+    dsn: str, cli: Cli, start_daemon: Callable[..., DaemonProcess], state: str
+) -> None:
+    """Its body and headers are whatever somebody wants a stranger's server to get, as often as they want."""
+    api = Client(start_daemon(**REQUIRED).admin)
+
+    async def go() -> None:
+        async with Receiver(Willing(willing=False)) as receiver:
+            _, made = await in_thread(api, "POST", "/endpoints", {"url": receiver.url})
+            await in_thread(
+                run_sql, dsn, f"update hookd.endpoint set state = '{state}' where id = '{made['id']}'"
+            )
+            path = f"/endpoints/{made['id']}/test"
+            status, said = await in_thread(api, "POST", path, {"type": "a.b", "data": {}})
+            assert (status, "before it is verified" in said["detail"]) == (409, True), said
+            refused = await in_thread(cli, "endpoint", "test", made["id"], **REQUIRED)
+            assert (refused.returncode, "before it is verified" in refused.stderr) == (1, True)
+            assert events(receiver) == []
 
     asyncio.run(go())
 

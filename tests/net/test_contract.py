@@ -87,7 +87,9 @@ class Play(Receiver):
         for start in range(0, len(self.data), self.cut):
             writer.write(self.data[start : start + self.cut])
             await writer.drain()
-            await asyncio.sleep(0)
+            # turns of the loop that they share: it is read before the next piece is written
+            for _ in range(5):
+                await asyncio.sleep(0)
         if self.end == "reset":
             writer.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
@@ -177,6 +179,12 @@ BROKEN_BODIES = [
     HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\nhello\r\n",
     HEAD + b"transfer-encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n",
     HEAD + b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\n\r\nnothing",
+    HEAD + "content-length: 4\r\n\r\näöüß".encode(),
+    b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+    + HEAD
+    + b"transfer-encoding: chunked\r\n\r\nzz\r\nhello\r\n",
+    b"\r\n\r\n" * 40 + b"no head at all",
 ]
 
 
@@ -216,14 +224,17 @@ def test_what_is_no_answer(loop: str, cut: int) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_bodies_that_break_do_not_undo_the_answer(loop: str) -> None:
     """
-    A head that came counts.  In one piece with what breaks it, ``ClientSession`` loses it, and so does hookd: they share
-    the parser.  In pieces both have it.
+    A head that came counts.  In pieces ``ClientSession`` has it too; in one piece with what breaks it, it loses it, on purpose
+    not so hookd: whoever answers a 204 with a body, or counts characters, has had the event.
     """
 
     async def go() -> None:
         for data in BROKEN_BODIES:
-            await same(data, 10_000, "close")
-            await same(data, 1, "close")
+            in_pieces = await same(data, 1, "close")
+            async with Play(data, 10_000, "close") as receiver, exchange() as http:
+                whole = await http.send(request(receiver.url))
+                assert of(whole).status == in_pieces.status, data
+                assert (await http.send(request(receiver.url))).reused is False, data
 
     run(loop, go())
 

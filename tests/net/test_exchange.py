@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import ipaddress
 import os
 import random
 import socket
 import ssl
+import struct
 import threading
 import time
 from pathlib import Path
@@ -31,11 +33,13 @@ from hookd.core.model import (
     Endpoint,
     EndpointKey,
     Event,
+    HostSign,
     Outcome,
     OutcomeKind,
 )
+from hookd.core.verdict import host_sign
 from hookd.net.exchange import Attempt, ExchangeOptions, HttpExchange, check_parts
-from hookd.net.resolver import Resolver
+from hookd.net.resolver import Resolution, Resolver
 from tests.receiver import OK, Call, Receiver, always, answer
 
 if TYPE_CHECKING:
@@ -481,6 +485,32 @@ def test_why_there_was_no_connection_is_one_of_a_fixed_few() -> None:
     assert built == []
 
 
+def test_rules_that_change_hold_for_connections_that_were_asked_meanwhile() -> None:
+    rules = LOOPBACK
+    asked, said = asyncio.Event(), asyncio.Event()
+
+    async def handle(_call: Call, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await said.wait()
+        writer.write(OK)
+
+    async def go() -> None:
+        nonlocal rules
+        resolver = Resolver(lambda: rules, mono=time.monotonic)
+        http = HttpExchange(resolver, lambda: rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
+        async with Receiver(handle) as receiver:
+            under_way = asyncio.create_task(http.send(request(receiver.url)))
+            await asked.wait()
+            rules = AddressRules()
+            http.connections.rules_changed()
+            said.set()
+            assert (await under_way).status == 200
+            assert (await http.send(request(receiver.url))).kind is OutcomeKind.BLOCKED
+        await http.close()
+
+    asyncio.run(go())
+
+
 def test_rules_that_change_hold_for_idle_connections_too() -> None:
     rules = LOOPBACK
 
@@ -491,8 +521,118 @@ def test_rules_that_change_hold_for_idle_connections_too() -> None:
         async with Receiver() as receiver:
             assert (await http.send(request(receiver.url))).status == 200
             rules = AddressRules()
-            http.connections.drop_idle()
+            http.connections.rules_changed()
             assert (await http.send(request(receiver.url))).kind is OutcomeKind.BLOCKED
+        await http.close()
+
+    asyncio.run(go())
+
+
+class Waiting:
+    """A turn that comes when it is told."""
+
+    def __init__(self, *allowed: bool) -> None:
+        self.allowed = list(allowed) or [True]
+        self.come = asyncio.Event()
+
+    async def wait(self) -> bool:
+        await asyncio.wait_for(self.come.wait(), 10)
+        return self.allowed.pop(0)
+
+    def wrote(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_who_accepts_and_closes_has_not_spoken(how: str) -> None:
+    """So does a proxy before a dead receiver; were it an answer, its circuit breaker would never open."""
+
+    async def go() -> None:
+        turn = Waiting()
+
+        def close(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if how == "RST":
+                peer = writer.get_extra_info("socket")
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            asyncio.get_running_loop().call_later(0.05, turn.come.set)
+
+        async with await asyncio.start_server(close, "127.0.0.1", 0) as server, exchange() as http:
+            port = server.sockets[0].getsockname()[1]
+            outcome = await http.send(request(f"http://127.0.0.1:{port}/"), turn)
+            assert (outcome.kind, outcome.sent) == (OutcomeKind.CONNECT_FAILED, False)
+            assert host_sign(outcome) is HostSign.DOWN
+
+    asyncio.run(go())
+
+
+def test_a_name_with_many_addresses_does_not_take_all_descriptors() -> None:
+    dialled = 0
+
+    class Many:
+        async def resolve(self, _host: str) -> Resolution:
+            return Resolution(tuple(f"127.0.0.{n}" for n in range(2, 18)))
+
+        async def silent(self) -> bool:
+            return False
+
+        async def close(self) -> None:
+            pass
+
+    def rules() -> AddressRules:
+        nonlocal dialled
+        dialled += 1
+        return LOOPBACK
+
+    async def go() -> None:
+        resolver: Any = Many()
+        http = HttpExchange(resolver, rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        outcome = await http.send(request(f"http://many.example:{port}/"))
+        assert outcome.kind is OutcomeKind.CONNECT_REFUSED
+        await http.close()
+
+    asyncio.run(go())
+    # those that fail are left out, and the others tried again (aiohttp): 3 + 2 + 1, not 16 + 15 + …
+    assert 0 < dialled <= 6
+
+
+def test_an_idle_connection_that_its_peer_has_closed_makes_no_room() -> None:
+    both, first_closed = asyncio.Event(), asyncio.Event()
+
+    async def pair(call: Call, writer: asyncio.StreamWriter) -> bool:
+        if call.number == 2:
+            both.set()
+        await both.wait()
+        if call.number == 2:
+            await first_closed.wait()
+        writer.write(OK)
+        return call.number == 1
+
+    async def never(_call: Call, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async def go() -> None:
+        resolver = Resolver(lambda: LOOPBACK, mono=time.monotonic)
+        http = HttpExchange(resolver, lambda: LOOPBACK, ExchangeOptions(), wall=time.time, mono=time.monotonic, connections_most=2)  # fmt: skip
+        async with Receiver(pair) as one, Receiver(never) as other:
+            first, second = (asyncio.create_task(http.send(request(one.url))) for _ in range(2))
+            async with asyncio.timeout(10):
+                await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+                while http.connections._held > 1:
+                    await asyncio.sleep(0.005)
+            first_closed.set()
+            await asyncio.gather(first, second)
+            others = [asyncio.create_task(http.send(request(other.url, timeout_s=30))) for _ in range(2)]
+            async with asyncio.timeout(10):
+                while len(other.calls) < 2:
+                    await asyncio.sleep(0.005)
+            # of two that may be open two are in use: the one that was idle had to go
+            await one.wait_closed()
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         await http.close()
 
     asyncio.run(go())
@@ -662,7 +802,76 @@ def test_tls_that_is_not_accepted(authority: trustme.CA, case: str) -> None:
     asyncio.run(go())
 
 
+def test_session_tickets_are_nothing_that_was_said(authority: trustme.CA) -> None:
+    """They lie in the socket, and the loop has not read them yet, when the connection is looked at."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        plain, _ = listening.accept()
+        with server_context(authority, "localhost").wrap_socket(plain, server_side=True) as peer:
+            peer.settimeout(10)
+            asked = b""
+            while b"\r\n\r\n" not in asked and (data := peer.recv(65536)):
+                asked += data
+            peer.sendall(OK)
+
+    class Standing:
+        async def wait(self) -> bool:
+            time.sleep(0.3)  # the loop stands still on purpose, while the tickets come
+            return True
+
+        def wrote(self) -> None:
+            pass
+
+    async def go() -> None:
+        async with exchange(context=client_context(authority)) as http:
+            url = f"https://localhost:{listening.getsockname()[1]}/"
+            outcome = await http.send(request(url), Standing())
+            assert (outcome.status, outcome.reason) == (200, "")
+
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    with listening:
+        asyncio.run(go())
+    serving.join(10)
+
+
 # Redirects.
+
+
+def test_a_redirect_that_the_rate_does_not_allow_uses_up_an_attempt() -> None:
+    """Were it held, the first URL would be asked again and again, for as long as the event is kept."""
+
+    async def go() -> None:
+        async with (
+            Receiver(always(answer(307, location="/there"))) as receiver,
+            exchange(redirects="same-host") as http,
+        ):
+            turn = Waiting(True, False)
+            turn.come.set()
+            outcome = await http.send(request(receiver.url), turn)
+            assert (outcome.kind, outcome.status, len(receiver.calls)) == (OutcomeKind.ANSWERED, 307, 1)
+            assert outcome.reason == "the host's rate does not allow the redirect in time"
+            assert (outcome.url, outcome.redirects) == (receiver.url, 0), "what was called"
+
+    asyncio.run(go())
+
+
+def test_where_a_redirect_leads_is_kept_without_its_query_and_gets_the_same_content_type() -> None:
+    async def go() -> None:
+        async with (
+            Receiver() as other,
+            Receiver(always(answer(307, location=other.url + "?token=hidden"))) as receiver,
+            exchange(redirects="any") as http,
+        ):
+            plain = request(receiver.url)
+            head = plain.head.replace(b"application/json", b"application/cloudevents+json")
+            outcome = await http.send(dataclasses.replace(plain, head=head))
+            assert (outcome.status, outcome.url) == (200, other.url)
+            assert other.calls[0].path.endswith("?token=hidden")
+            assert other.calls[0].headers["content-type"] == "application/cloudevents+json"
+
+    asyncio.run(go())
 
 
 def test_redirects_on_the_same_host() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hookd.core.addresses import AddressRules
 from hookd.core.model import OutcomeKind
 from hookd.net.exchange import ExchangeOptions, HttpExchange
-from hookd.net.resolver import Resolver, own_addresses
+from hookd.net.resolver import Resolution, Resolver, own_addresses
 from tests.net.test_exchange import request
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Dns(asyncio.DatagramProtocol):
         """Where it is set, every name is a CNAME with this TTL, and what it stands for has the records."""
         self.delay_s = 0.0
         self.silent = False
-        self.silent_for: set[str] = set()
+        self.silent_for: set[str | tuple[str, int]] = set()
+        """Names, or one family of a name."""
         self.asked: list[tuple[str, int]] = []
         self.withheld: dict[str, list[tuple[bytes, tuple[str, int]]]] | None = None
         """Where it is set, answers wait here for ``let_go``."""
@@ -74,7 +75,7 @@ class Dns(asyncio.DatagramProtocol):
         )
         if self.withheld is not None:
             self.withheld.setdefault(name, []).append((reply, addr))
-        elif not self.silent and name not in self.silent_for:
+        elif not self.silent and self.silent_for.isdisjoint((name, (name, kind))):
             asyncio.get_running_loop().call_later(self.delay_s, self.transport.sendto, reply, addr)
 
     async def heard(self, count: int) -> None:
@@ -374,3 +375,47 @@ async def test_who_waits_when_name_servers_fall_silent_is_told(
         while (await resolver.resolve("a.example")).ours:
             await asyncio.sleep(0.05)
     assert (await resolver.resolve("a.example")).addresses == ("127.0.0.2",)
+
+
+@with_dns
+async def test_a_look_up_that_falls_silent_before_it_began_ends_like_the_others(
+    dns: Dns, make: Callable[..., Resolver]
+) -> None:
+    """Its task is cancelled before its first step; whoever waits for it must not be, for nobody would be told."""
+    dns.silent = True
+    for turns in range(8):
+        resolver = make()
+        heard: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        async def root_is_known(heard: asyncio.Future[bool] = heard) -> bool:
+            return await heard
+
+        resolver._root_is_known = root_is_known  # type: ignore[method-assign]
+        falling = asyncio.create_task(resolver.silent())
+        await asyncio.sleep(0.01)
+        heard.set_result(False)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked = asyncio.create_task(resolver.resolve("a.example"))
+        assert await falling
+        async with asyncio.timeout(8):
+            (found,) = await asyncio.gather(asked, return_exceptions=True)
+        assert isinstance(found, Resolution), (turns, found)
+        assert found.ours, turns
+
+
+@pytest.mark.parametrize("silent", [A, AAAA])
+def test_a_family_that_is_never_answered_for_is_not_waited_for(silent: int) -> None:
+    """Some name servers do not answer for AAAA at all: it took longer than a connection may take, each time."""
+
+    @with_dns
+    async def check(dns: Dns, make: Callable[..., Resolver]) -> None:
+        dns.records = {("a.example", A): ["127.0.0.2"], ("a.example", AAAA): ["::1"]}
+        dns.silent_for = {("a.example", silent)}
+        async with asyncio.timeout(4):
+            found = await make(AddressRules(allow=(*ALLOW.allow, ipaddress.ip_network("::1/128")))).resolve(
+                "a.example"
+            )
+        assert found.addresses == (("::1",) if silent == A else ("127.0.0.2",))
+
+    check()

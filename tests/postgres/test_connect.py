@@ -120,6 +120,12 @@ def test_passwords_do_not_show() -> None:
     assert "s3cret" not in redacted(text)
     assert "other" not in redacted(text)
     assert "s3cret" not in repr(Database.named(text))
+    for blank in (
+        "postgresql://me:my s3cret@h1/db",
+        "postgresql://me@h1/db?password=my s3cret&sslmode=require",
+    ):
+        assert "s3cret" not in redacted(blank)
+        assert "h1/db" in redacted(blank)
 
 
 def test_which_errors_mean_that_the_session_is_gone() -> None:

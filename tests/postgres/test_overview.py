@@ -39,7 +39,7 @@ def test_percentiles_lie_inside_their_buckets() -> None:
 def test_rates_add_up_over_daemons_and_minutes(dsn: str) -> None:
     async def go() -> overview.Rates:
         connection = await asyncpg.connect(dsn)
-        at = datetime.datetime(2026, 11, 20, 12, 0, tzinfo=datetime.UTC)
+        at = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
         for minute, node, good in ((0, "a", 90), (0, "b", 10), (1, "a", 50), (7, "a", 1)):
             figures = {
                 "verdict.delivered": good, "outcome.2xx": good, "outcome.timeout": 10, "attempt_ms.100": good, "attempt_ms.250": 10,
@@ -62,6 +62,26 @@ def test_rates_add_up_over_daemons_and_minutes(dsn: str) -> None:
     assert first.latency_ms.p50 <= 100 < first.latency_ms.p99  # type: ignore[operator]
     assert found.whole.attempts == 191
     assert found.until - found.since == datetime.timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("days", [1, 3, 7, 31])
+def test_rates_reach_back_beyond_the_minutes_that_are_kept(dsn: str, days: int) -> None:
+    """Whatever the length of an interval: of minutes there are two days, after them quarters of an hour."""
+    ago = datetime.timedelta(days=days) - datetime.timedelta(hours=3)
+
+    async def go() -> overview.Rates:
+        connection = await asyncpg.connect(dsn)
+        for seconds in (60, 900) if days < 2 else (900,):
+            await connection.execute(
+                "insert into hookd.tally values ($1, date_bin('15 min', now() - $2::interval, 'epoch'), 'a', 1, 5, 2.5, 7, $3::text::jsonb)",
+                seconds, ago, json.dumps({"verdict.delivered": 9}),
+            )  # fmt: skip
+        found = await overview.rates(connection, seconds=days * 86400)
+        await connection.close()
+        return found
+
+    found = asyncio.run(go())
+    assert (found.whole.delivered, sum(i.delivered for i in found.intervals)) == (9, 9)
 
 
 def test_the_last_hours_of_endpoints(dsn: str) -> None:

@@ -96,6 +96,18 @@ def test_an_older_hookd_refuses_a_newer_schema(dsn: str) -> None:
     asyncio.run(go())
 
 
+def test_times_beyond_what_an_id_can_say_are_the_nearest(dsn: str) -> None:
+    """What was before 1970 came out above every id that there is."""
+    ((row,),) = on(
+        dsn,
+        """select hookd.uuid7_floor('1900-01-01 00:00+00') = hookd.uuid7_floor('1970-01-01 00:00+00') as early,
+                  hookd.uuid7_floor('-infinity') = hookd.uuid7_floor('1970-01-01 00:00+00') as earliest,
+                  hookd.uuid7_floor('infinity') > hookd.uuid7() as latest,
+                  hookd.uuid7_floor(null) is null as never""",
+    )
+    assert tuple(row) == (True, True, True, True)
+
+
 RELEASED = {
     1: "f9e24656a500426de7a92f0d5433df5d079bb6038103682a253e99806777349a",
     2: "25bf881fa5c0257092fe58e26b596f7e43ad20dd7b1cb4d71f7ffcd1a0845a15",

@@ -141,7 +141,7 @@ class ScriptedExchange:
         self.options: Any = None
         self.believes_forgeries = False
 
-    def drop_idle(self) -> None:
+    def rules_changed(self) -> None:
         """Nothing is kept open here."""
 
     async def close(self) -> None:
