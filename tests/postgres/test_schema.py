@@ -120,6 +120,7 @@ RELEASED = {
     9: "cc72f8e5cdd589d7d0fcfa07c82a4fb8f7199bc7916df1d6b01bf66ace3c4592",
     10: "9c6355f9902c5261926854c7c60750e6408cc8ce5dc092e4fbfa7c3e7f819d48",
     11: "e527fb90d4bdc47a3bf947750cbbc672cbeccc46cf8ddec2a3c78bc7fac6f76d",
+    12: "a348a045b4fb3aa432df362ad906239367c4767683f8290a4fc8cb03fe06627a",
 }
 """Of those that databases in use have recorded: one that is edited is refused there, and nothing is delivered any more."""
 
