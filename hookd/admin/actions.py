@@ -16,9 +16,9 @@ import msgspec
 
 from hookd.admin.problems import Refused
 from hookd.config import allowed_names
-from hookd.core.bodies import NO_THIN_URL
+from hookd.core.bodies import format_problem
 from hookd.core.headers import check_headers
-from hookd.core.model import BodyFormat, EndpointKey
+from hookd.core.model import EndpointKey
 from hookd.core.request import InvalidRequest
 from hookd.core.signing import chosen_secret
 from hookd.net.vetting import vet
@@ -378,9 +378,8 @@ class Actions:
     # Help.
 
     def _may_be(self, format_: str | None) -> None:
-        """Refuse a format that nothing could be sent in."""
-        if format_ == BodyFormat.THIN and not self._daemon.config.delivery.thin_url:
-            raise Refused(422, "format", NO_THIN_URL)
+        if problem := format_problem(format_, self._daemon.config.delivery.thin_url):
+            raise Refused(422, "format", problem)
 
     @property
     def _required(self) -> bool:

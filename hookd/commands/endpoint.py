@@ -86,16 +86,10 @@ def _change(given: dict[str, Any], target: Any = None, clear: tuple[str, ...] = 
 
 
 def _may_be(format_: str | None, config: Config) -> None:
-    """
-    Refuse a format that nothing could be sent in.
+    from hookd.core.bodies import format_problem  # noqa: PLC0415 - not for --help
 
-    Raises:
-        Failed: it is thin, and there is no URL to fetch from.
-    """
-    from hookd.core.bodies import NO_THIN_URL  # noqa: PLC0415 - not for --help
-
-    if format_ == "thin" and not config.delivery.thin_url:
-        raise Failed(NO_THIN_URL)
+    if problem := format_problem(format_, config.delivery.thin_url):
+        raise Failed(problem)
 
 
 def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:

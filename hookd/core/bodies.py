@@ -109,6 +109,11 @@ def _write(event: Event, form: BodyFormat, thin: ThinLink | None, source: str) -
 NO_THIN_URL = "the format is thin, but delivery.thin_url is not set"
 
 
+def format_problem(form: str | None, thin_url: str) -> str:
+    """Why nothing could be sent in a format; empty: it can.  ``thin_url`` is the configuration's."""
+    return NO_THIN_URL if form == BodyFormat.THIN and not thin_url else ""
+
+
 @lru_cache(1024)
 def _quoted(text: str) -> bytes:
     return json.dumps(text).encode()

@@ -231,7 +231,7 @@ class Resolver:
     async def _ask_once(self, host: str) -> _Answer:
         task = self._asking.get(host)
         if task is None:
-            task = asyncio.create_task(self._ask(host))
+            task = asyncio.create_task(self._searched(host))
             self._asking[host] = task
             task.add_done_callback(lambda _: self._asking.pop(host, None))
         try:
@@ -241,20 +241,9 @@ class Resolver:
             current = asyncio.current_task()
             if not task.cancelled() or current is None or current.cancelling():
                 raise
-            # not whoever waits here, but the look-up was ended: by the silence, and before its first step, where it cannot say so
-            return self._unheard(host)
-
-    async def _ask(self, host: str) -> _Answer:
-        try:
-            return await self._searched(host)
-        except asyncio.CancelledError:
-            if not self._silent:
-                raise
-            return self._unheard(host)
-
-    def _unheard(self, host: str) -> _Answer:
-        self._wanted = host
-        return _Answer((), NO_DNS, 0.0, ours=True)
+            # not whoever waits here, but the look-up was ended: by the silence, perhaps before its first step
+            self._wanted = host
+            return _Answer((), NO_DNS, 0.0, ours=True)
 
     async def _searched(self, host: str) -> _Answer:
         """A single label is looked for below each search domain first, as resolv.conf has it."""

@@ -185,7 +185,9 @@ async def delivery(
     # the queue first: what settles meanwhile is in the log then, and not in neither
     pending = await _row(connection, PENDING, event_id, delivery_id)
     rows = dictionaries(await connection.fetch(ATTEMPTS, event_id, delivery_id, since, ATTEMPTS_SHOWN))
-    if _final(rows) is not None:
+    # by its own clock it may not be the last one, where the daemons' clocks differ
+    final = next((row for row in rows if row["verdict"] != "retry"), None)
+    if final is not None:
         pending = None
     dead = await _row(connection, DEAD, delivery_id)
     known = pending or (rows[0] if rows else None) or dead
@@ -198,7 +200,7 @@ async def delivery(
     if wire is not None and endpoint is not None and happened is not None:
         secrets = await _secrets(connection, endpoint, keyring) if keyring is not None else []
         maker = _Maker(endpoint, happened, wire, secrets)
-    state, made = _state(pending, rows, dead)
+    state, made = _state(pending, final, rows, dead)
     because = await explain(connection, event_id, delivery_id) if pending is not None else []
     last = rows[0] if rows else None
     return {
@@ -353,18 +355,15 @@ async def _event_row(connection: asyncpg.Connection, event_id: UUID) -> dict[str
     return said | {"payload_bytes": len(said["payload"].encode()), "buried": buried}
 
 
-def _final(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The attempt that ended a delivery; by its own clock it may not be the last, where daemons' clocks differ."""
-    return next((row for row in rows if row["verdict"] != "retry"), None)
-
-
 def _state(
-    pending: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], dead: Mapping[str, Any] | None
+    pending: Mapping[str, Any] | None,
+    final: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    dead: Mapping[str, Any] | None,
 ) -> tuple[str, int]:
     made = max((r["attempt"] for r in rows), default=0)
     if pending is not None:
         return ("retrying" if pending["attempt"] else "pending"), pending["attempt"]
-    final = _final(rows)
     if final is not None:
         return final["verdict"], made
     if dead is not None:

@@ -76,6 +76,12 @@ def of(outcome: Outcome) -> Ending:
     )
 
 
+async def until_read() -> None:
+    """Turns of the loop that both sides share: what was written is read before the next piece is."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 class Play(Receiver):
     """Answers every request with these bytes, in pieces of ``cut``, and ends as told."""
 
@@ -87,9 +93,7 @@ class Play(Receiver):
         for start in range(0, len(self.data), self.cut):
             writer.write(self.data[start : start + self.cut])
             await writer.drain()
-            # turns of the loop that they share: it is read before the next piece is written
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await until_read()
         if self.end == "reset":
             writer.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
@@ -348,9 +352,7 @@ class Script(Receiver):
         for piece in self.answers.pop(0):
             writer.write(piece)
             await writer.drain()
-            # turns of the loop that they share: it is read before the next piece is written
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await until_read()
         return False
 
 

@@ -43,7 +43,7 @@ from hookd.net.resolver import Resolution, Resolver
 from tests.receiver import OK, Call, Receiver, always, answer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from hookd.core.request import Request
     from hookd.net.line import Line
@@ -53,16 +53,24 @@ LOOPBACK = AddressRules(allow=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip
 
 @contextlib.asynccontextmanager
 async def exchange(
-    rules: AddressRules = LOOPBACK, context: ssl.SSLContext | None = None, **options: Any
+    rules: AddressRules | Callable[[], AddressRules] = LOOPBACK,
+    context: ssl.SSLContext | None = None,
+    *,
+    resolver: Any = None,
+    connections_most: int | None = None,
+    **options: Any,
 ) -> AsyncIterator[HttpExchange]:
-    resolver = Resolver(lambda: rules, mono=time.monotonic)
+    def now() -> AddressRules:
+        return rules() if callable(rules) else rules
+
     made = HttpExchange(
-        resolver,
-        lambda: rules,
+        resolver or Resolver(now, mono=time.monotonic),
+        now,
         ExchangeOptions(**options),
         wall=time.time,
         mono=time.monotonic,
         context=context,
+        connections_most=connections_most,
     )
     try:
         yield made
@@ -496,9 +504,7 @@ def test_rules_that_change_hold_for_connections_that_were_asked_meanwhile() -> N
 
     async def go() -> None:
         nonlocal rules
-        resolver = Resolver(lambda: rules, mono=time.monotonic)
-        http = HttpExchange(resolver, lambda: rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
-        async with Receiver(handle) as receiver:
+        async with Receiver(handle) as receiver, exchange(lambda: rules) as http:
             under_way = asyncio.create_task(http.send(request(receiver.url)))
             await asked.wait()
             rules = AddressRules()
@@ -506,7 +512,6 @@ def test_rules_that_change_hold_for_connections_that_were_asked_meanwhile() -> N
             said.set()
             assert (await under_way).status == 200
             assert (await http.send(request(receiver.url))).kind is OutcomeKind.BLOCKED
-        await http.close()
 
     asyncio.run(go())
 
@@ -516,14 +521,11 @@ def test_rules_that_change_hold_for_idle_connections_too() -> None:
 
     async def go() -> None:
         nonlocal rules
-        resolver = Resolver(lambda: rules, mono=time.monotonic)
-        http = HttpExchange(resolver, lambda: rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
-        async with Receiver() as receiver:
+        async with Receiver() as receiver, exchange(lambda: rules) as http:
             assert (await http.send(request(receiver.url))).status == 200
             rules = AddressRules()
             http.connections.rules_changed()
             assert (await http.send(request(receiver.url))).kind is OutcomeKind.BLOCKED
-        await http.close()
 
     asyncio.run(go())
 
@@ -550,12 +552,14 @@ def test_who_accepts_and_closes_has_not_spoken(how: str) -> None:
     async def go() -> None:
         turn = Waiting()
 
-        def close(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def close(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if how == "RST":
                 peer = writer.get_extra_info("socket")
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
-            asyncio.get_running_loop().call_later(0.05, turn.come.set)
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            turn.come.set()
 
         async with await asyncio.start_server(close, "127.0.0.1", 0) as server, exchange() as http:
             port = server.sockets[0].getsockname()[1]
@@ -585,13 +589,11 @@ def test_a_name_with_many_addresses_does_not_take_all_descriptors() -> None:
         return LOOPBACK
 
     async def go() -> None:
-        resolver: Any = Many()
-        http = HttpExchange(resolver, rules, ExchangeOptions(), wall=time.time, mono=time.monotonic)
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
-        outcome = await http.send(request(f"http://many.example:{port}/"))
-        assert outcome.kind is OutcomeKind.CONNECT_REFUSED
-        await http.close()
+        async with exchange(rules, resolver=Many()) as http:
+            outcome = await http.send(request(f"http://many.example:{port}/"))
+            assert outcome.kind is OutcomeKind.CONNECT_REFUSED
 
     asyncio.run(go())
     # those that fail are left out, and the others tried again (aiohttp): 3 + 2 + 1, not 16 + 15 + …
@@ -614,9 +616,7 @@ def test_an_idle_connection_that_its_peer_has_closed_makes_no_room() -> None:
         await asyncio.Event().wait()
 
     async def go() -> None:
-        resolver = Resolver(lambda: LOOPBACK, mono=time.monotonic)
-        http = HttpExchange(resolver, lambda: LOOPBACK, ExchangeOptions(), wall=time.time, mono=time.monotonic, connections_most=2)  # fmt: skip
-        async with Receiver(pair) as one, Receiver(never) as other:
+        async with Receiver(pair) as one, Receiver(never) as other, exchange(connections_most=2) as http:
             first, second = (asyncio.create_task(http.send(request(one.url))) for _ in range(2))
             async with asyncio.timeout(10):
                 await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
@@ -633,7 +633,6 @@ def test_an_idle_connection_that_its_peer_has_closed_makes_no_room() -> None:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-        await http.close()
 
     asyncio.run(go())
 
@@ -805,10 +804,12 @@ def test_tls_that_is_not_accepted(authority: trustme.CA, case: str) -> None:
 def test_session_tickets_are_nothing_that_was_said(authority: trustme.CA) -> None:
     """They lie in the socket, and the loop has not read them yet, when the connection is looked at."""
     listening = socket.create_server(("127.0.0.1", 0))
+    shaken = threading.Event()
 
     def serve() -> None:
         plain, _ = listening.accept()
         with server_context(authority, "localhost").wrap_socket(plain, server_side=True) as peer:
+            shaken.set()
             peer.settimeout(10)
             asked = b""
             while b"\r\n\r\n" not in asked and (data := peer.recv(65536)):
@@ -817,8 +818,8 @@ def test_session_tickets_are_nothing_that_was_said(authority: trustme.CA) -> Non
 
     class Standing:
         async def wait(self) -> bool:
-            time.sleep(0.3)  # the loop stands still on purpose, while the tickets come
-            return True
+            # the loop stands still on purpose: the server writes its tickets at the end of the handshake
+            return shaken.wait(10)
 
         def wrote(self) -> None:
             pass

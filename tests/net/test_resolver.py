@@ -387,12 +387,18 @@ async def test_a_look_up_that_falls_silent_before_it_began_ends_like_the_others(
         resolver = make()
         heard: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-        async def root_is_known(heard: asyncio.Future[bool] = heard) -> bool:
+        listening = asyncio.Event()
+
+        async def root_is_known(
+            heard: asyncio.Future[bool] = heard, listening: asyncio.Event = listening
+        ) -> bool:
+            listening.set()
             return await heard
 
         resolver._root_is_known = root_is_known  # type: ignore[method-assign]
         falling = asyncio.create_task(resolver.silent())
-        await asyncio.sleep(0.01)
+        async with asyncio.timeout(8):
+            await listening.wait()
         heard.set_result(False)
         for _ in range(turns):
             await asyncio.sleep(0)
