@@ -141,7 +141,9 @@ def path_to(keys: str, value: str) -> str:
     """The SQL/JSON path for ``id.of`` being equal to a value, which is a text unless it reads as something else."""
     steps = "".join(f".{json.dumps(key)}" for key in keys.split(".") if key)
     try:
-        literal = value if isinstance(json.loads(value), int | float | bool | None) else json.dumps(value)
+        literal = (
+            value.strip() if isinstance(json.loads(value), int | float | bool | None) else json.dumps(value)
+        )
     except (ValueError, RecursionError):
         literal = json.dumps(value)
     return f"${steps} ? (@ == {literal})"

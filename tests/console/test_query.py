@@ -6,7 +6,7 @@ import datetime
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hookd.console.query import path_to, read, words
@@ -68,6 +68,7 @@ def test_a_value_of_brackets_is_a_text() -> None:
     assert words("data.a:" + 100_000 * "[")["path"].endswith('[")')
 
 
+@example("", "0\n")
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_a_path_is_one_comparison_whatever_is_typed(keys: str, value: str) -> None:
     path = path_to(keys, value)
